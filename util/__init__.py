@@ -1,0 +1,1 @@
+"""Helpers shared by models, data sets and commands: one subject a file."""
