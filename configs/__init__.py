@@ -1,0 +1,1 @@
+"""The typed configuration, and one YAML a row of the results table."""

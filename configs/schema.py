@@ -1,0 +1,139 @@
+"""The configuration: what each field means, and where its value comes from.
+
+A value is taken from the first of these that has it: a flag, `--config FILE`, `configs/shapes.yaml` (only without
+`--coco_path`), the row of the results table that `--model` and `--enact` pick, the default below. The defaults are
+DETR's published recipe (spec 5.1, 5.4).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+CONFIG_DIR = Path(__file__).parent
+ModelName = Literal["detr", "conditional_detr", "anchor_detr"]
+EnactVariant = Literal["paper", "official"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that a run depends on. The names are those of DETR's flags where DETR has the flag."""
+
+    # What to train
+    model: ModelName = "detr"
+    enact: EnactVariant | None = None
+    """None: dense encoder; --enact alone: paper."""
+    smoothing_sigma: float = 3.0
+    """Standard deviation, in tokens, of the filter on the information."""
+
+    # Architecture
+    backbone: Literal["resnet10", "resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"
+    backbone_weights: str | None = "imagenet"
+    """None: random; imagenet: torchvision's; or a file."""
+    backbone_stage: int = 4
+    """Last ResNet stage used; its stride is 2 ** (stage + 1)."""
+    backbone_frozen_stages: int = 1
+    """Stages that are not trained, the stem counted with the first."""
+    backbone_norm: Literal["frozen", "group"] = "frozen"
+    """Frozen batch norm, or group norm for training from random weights."""
+    dilation: bool = False
+    """DC5: the last stage dilated instead of strided."""
+    position_embedding: Literal["sine", "learned"] = "sine"
+    enc_layers: int = 6
+    dec_layers: int = 6
+    dim_feedforward: int = 2048
+    hidden_dim: int = 256
+    nheads: int = 8
+    dropout: float = 0.1
+    num_queries: int = 100
+    num_classes: int | None = None
+    """None: the largest category id of the training annotations + 1."""
+
+    # Loss and matching
+    aux_loss: bool = True
+    """Train the earlier decoder layers too."""
+    set_cost_class: float = 1.0
+    set_cost_bbox: float = 5.0
+    set_cost_giou: float = 2.0
+    cls_loss_coef: float = 1.0
+    bbox_loss_coef: float = 5.0
+    giou_loss_coef: float = 2.0
+    eos_coef: float = 0.1
+    """Weight of "no object" in the cross-entropy."""
+    focal_alpha: float = 0.25
+
+    # Data
+    coco_path: str | None = None
+    """Train2017/, val2017/, annotations/; None: the built-in drawn scenes."""
+    shapes_train: int = 4000
+    """Drawn scenes to train on."""
+    shapes_val: int = 250
+    """Drawn scenes to evaluate on."""
+    train_short_sides: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
+    """Pixels."""
+    crop_short_sides: tuple[int, ...] = (400, 500, 600)
+    """Before a random crop; empty: no crops."""
+    crop_range: tuple[int, int] = (384, 600)
+    """Sides of a random crop, pixels."""
+    eval_short_side: int = 800
+    max_long_side: int = 1333
+    num_workers: int = 2
+    """Loader processes for each training process."""
+
+    # Optimisation
+    lr: float = 1e-4
+    lr_backbone: float = 1e-5
+    """0: the backbone is not trained."""
+    batch_size: int = 2
+    """Images for each process and step."""
+    accumulate: int = 1
+    """Batches whose gradients are added up before a step."""
+    weight_decay: float = 1e-4
+    epochs: int = 300
+    lr_drop: int = 200
+    """Epochs after which both learning rates are divided by ten."""
+    clip_max_norm: float = 0.1
+    """Largest norm of the gradient of all weights; 0: no clipping."""
+    amp: bool = False
+    """Bf16 autocast."""
+    seed: int = 42
+
+    # Run
+    device: str = "auto"
+    """Auto: cuda where there is one, else cpu."""
+    output_dir: str | None = None
+    """None: outputs/MODEL, outputs/MODEL_enact or outputs/MODEL_enact_official."""
+    resume: str | None = None
+    """A checkpoint, or auto: the newest one of output_dir, if any."""
+    eval: bool = False
+    """Evaluate and stop."""
+    eval_every: int = 1
+    """Epochs."""
+    checkpoint_every: int = 10
+    """Epochs between the checkpoints that are kept."""
+    dist_timeout: float = 30.0
+    """Minutes that a process waits for the others."""
+
+
+FIELD_NAMES = frozenset(field.name for field in fields(Config))
+
+
+def recipe_files(model: str, enact: str | None, built_in_data: bool) -> list[Path]:
+    """The YAML files whose values hold for a run, weakest first."""
+    row = {"detr": "detr_r50", "conditional_detr": "conditional_detr_r101", "anchor_detr": "anchor_detr_r50_dc5"}[model]
+    files = [CONFIG_DIR / f"{row}{'_enact' if enact else ''}.yaml"]
+    return [*files, CONFIG_DIR / "shapes.yaml"] if built_in_data else files
+
+
+def recipe(model: str, enact: str | None = None, **overrides: Any) -> Config:
+    """The row of the results table for `model` and `enact`, with some fields replaced."""
+    unknown = overrides.keys() - FIELD_NAMES
+    if unknown:
+        raise ValueError(f"no such field of the config: {', '.join(sorted(unknown))}")
+    values: dict[str, Any] = {}
+    for file in recipe_files(model, enact, built_in_data=False):
+        values |= yaml.safe_load(file.read_text())
+    return replace(Config(), **{**values, "model": model, "enact": enact, **overrides})

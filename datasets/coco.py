@@ -1,0 +1,195 @@
+"""COCO-format detection data: one sample, one batch."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+from torchvision.ops import box_convert
+from torchvision.transforms import v2
+
+from datasets.annotations import read_annotations
+from datasets.randomness import cpu_seed, mixed_seed
+from util.errors import InputError
+
+Target = dict[str, Tensor]
+DEEP_MODES = ("I", "F")  # 16 or 32 bits a pixel, which Pillow would cut off at 255
+DECODING_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
+
+
+class CocoDetection(Dataset[tuple[Tensor, Target]]):
+    """Images and boxes of a COCO annotation file.
+
+    Crowd annotations and boxes without area inside the image are left out; images without objects stay. Labels are
+    the file's category ids. EXIF orientation is ignored: COCO boxes refer to the pixel grid as stored.
+
+    Args:
+        image_dir: the folder that `file_name` entries are relative to.
+        annotation_file: an `instances_*.json`.
+        transform: one of `datasets.transforms`; (PIL image, target in xyxy pixels) -> (uint8 (3,H,W), target).
+        seed: with epoch and index, all that the random augmentation depends on.
+
+    Raises:
+        InputError: the annotation file is missing or wrong; on access, an image is.
+    """
+
+    def __init__(self, image_dir: Path, annotation_file: Path, transform: v2.Transform, seed: int = 0) -> None:
+        self.coco: COCO = read_annotations(Path(annotation_file))
+        self.image_ids: list[int] = sorted(self.coco.imgs)
+        self.class_names: dict[int, str] = {key: self.coco.cats[key]["name"] for key in sorted(self.coco.cats)}
+        self.num_classes = max(self.class_names) + 1
+        self._image_dir = Path(image_dir)
+        self._annotation_file = annotation_file
+        self._transform = transform
+        self._seed = seed
+        # What workers read lies in a few flat arrays: reading many small objects would copy their pages into each one.
+        images = [self.coco.imgs[image_id] for image_id in self.image_ids]
+        self._file_names = [image["file_name"] for image in images]
+        self._sizes = torch.tensor([[image["height"], image["width"]] for image in images])  # (images, 2)
+        self._objects = _Objects.read(self.coco, self.image_ids, self._sizes)
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Target]:
+        """One augmented sample, a pure function of (seed, epoch, index).
+
+        Args:
+            key: (epoch, index), index into `image_ids`.
+
+        Returns:
+            image: uint8 (3,H,W), RGB.
+            target: boxes float32 (n,4) cxcywh in [0,1] of the augmented image; labels int64 (n,); area float32 (n,) as
+                annotated, in pixels of the original image; iscrowd int64 (n,), zeros; image_id int64 (); orig_size
+                and size int64 (2,), (height, width) before and after augmentation.
+        """
+        epoch, index = key
+        picture, target = self._read_image(index), self._objects.of_image(index, self._sizes[index])
+        with cpu_seed(mixed_seed("augment", self._seed, epoch, index)):
+            image, target = self._transform(picture, target)
+        height, width = image.shape[-2:]
+        boxes = box_convert(target["boxes"].as_subclass(Tensor), "xyxy", "cxcywh")
+        target["boxes"] = boxes / torch.tensor([width, height, width, height])
+        target["image_id"] = torch.tensor(self.image_ids[index])
+        target["orig_size"] = self._sizes[index].clone()
+        target["size"] = torch.tensor([height, width])
+        return image, target
+
+    def _read_image(self, index: int) -> Image.Image:
+        path = self._image_dir / self._file_names[index]
+        try:
+            with Image.open(path) as image:
+                problem = self._problem_of(image, index)
+                if problem is None:
+                    picture: Image.Image = image.convert("RGB")
+                    return picture
+        except FileNotFoundError:
+            raise InputError(f"{path}: image not found, though {self._annotation_file} lists it") from None
+        except DECODING_ERRORS as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"{path}: image cannot be read ({reason}); fetch it again or remove it") from None
+        raise InputError(f"{path}: {problem}")
+
+    def _problem_of(self, image: Image.Image, index: int) -> str | None:
+        height, width = self._sizes[index].tolist()
+        if image.size != (width, height):
+            found = f"{image.size[0]} x {image.size[1]}"
+            return f"image is {found} pixels, but {self._annotation_file} says {width} x {height}; correct one of them"
+        if image.mode.startswith(DEEP_MODES):
+            return f"image has pixels of mode {image.mode}; convert it to 8 bits a channel"
+        return None
+
+
+class _Objects(NamedTuple):
+    """The usable objects of all images, ordered by image; `first[i]:first[i + 1]` are those of image i."""
+
+    boxes: Tensor  # float32 (objects, 4), xyxy pixels
+    labels: Tensor  # int64 (objects,)
+    area: Tensor  # float32 (objects,)
+    first: Tensor  # int64 (images + 1,)
+
+    @classmethod
+    def read(cls, coco: COCO, image_ids: list[int], sizes: Tensor) -> _Objects:
+        rows: list[dict[str, Any]] = []
+        owners: list[int] = []
+        for index, image_id in enumerate(image_ids):
+            usable = [annotation for annotation in coco.imgToAnns.get(image_id, []) if not annotation["iscrowd"]]
+            rows += usable
+            owners += [index] * len(usable)
+        owner = torch.tensor(owners, dtype=torch.int64)
+        boxes = torch.tensor([row["bbox"] for row in rows], dtype=torch.float32).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        boxes = boxes.clamp(min=0).minimum(sizes.flip(1).repeat(1, 2)[owner])
+        keep = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+        labels = torch.tensor([row["category_id"] for row in rows], dtype=torch.int64)
+        area = torch.tensor([row["area"] for row in rows], dtype=torch.float32)
+        first = torch.searchsorted(owner[keep], torch.arange(len(image_ids) + 1))
+        return cls(boxes[keep], labels[keep], area[keep], first)
+
+    def of_image(self, index: int, size: Tensor) -> dict[str, Any]:
+        own = slice(int(self.first[index]), int(self.first[index + 1]))
+        boxes = self.boxes[own].clone()
+        return {
+            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=tuple(size.tolist())),
+            "labels": self.labels[own].clone(),
+            "area": self.area[own].clone(),
+            "iscrowd": torch.zeros(len(boxes), dtype=torch.int64),
+        }
+
+
+class Batch(NamedTuple):
+    """Images of different sizes in one tensor, filled up with zeros at the bottom and on the right."""
+
+    images: Tensor  # uint8 (B,3,H,W)
+    pad_mask: Tensor  # bool (B,H,W), True where padded
+    targets: list[Target]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch on `device`; from pinned memory the copy overlaps with computation."""
+        targets = [{name: value.to(device, non_blocking=True) for name, value in t.items()} for t in self.targets]
+        images, pad_mask = (tensor.to(device, non_blocking=True) for tensor in (self.images, self.pad_mask))
+        return Batch(images, pad_mask, targets)
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory."""
+        targets = [{name: value.pin_memory() for name, value in target.items()} for target in self.targets]
+        return Batch(self.images.pin_memory(), self.pad_mask.pin_memory(), targets)
+
+
+def collate(samples: list[tuple[Tensor, Target]]) -> Batch:
+    """Samples of `CocoDetection` as one batch, as high and wide as its highest and widest image."""
+    height, width = (max(image.shape[axis] for image, _ in samples) for axis in (1, 2))
+    images = torch.zeros(len(samples), 3, height, width, dtype=torch.uint8)
+    pad_mask = torch.ones(len(samples), height, width, dtype=torch.bool)
+    for row, (image, _) in enumerate(samples):
+        images[row, :, : image.shape[1], : image.shape[2]] = image
+        pad_mask[row, : image.shape[1], : image.shape[2]] = False
+    return Batch(images, pad_mask, [target for _, target in samples])
+
+
+def build_coco(root: Path, split: str, transform: v2.Transform, seed: int = 0) -> CocoDetection:
+    """The "train" or "val" split of a folder in COCO's layout.
+
+    Raises:
+        InputError: the folder lacks `{split}2017/` or `annotations/instances_{split}2017.json`.
+    """
+    root = Path(root)
+    image_dir, annotation_file = root / f"{split}2017", root / "annotations" / f"instances_{split}2017.json"
+    for path, exists in (
+        (root, root.is_dir()),
+        (image_dir, image_dir.is_dir()),
+        (annotation_file, annotation_file.is_file()),
+    ):
+        if not exists:
+            raise InputError(
+                f"{path} is missing; a COCO folder holds {split}2017/ with the images and "
+                f"annotations/instances_{split}2017.json"
+            )
+    return CocoDetection(image_dir, annotation_file, transform, seed)

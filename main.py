@@ -1,0 +1,283 @@
+"""Train a detection transformer, dense or with ENACT, and evaluate it.
+
+    python main.py --model detr --enact                         # on scenes that it draws, in minutes
+    torchrun --nproc_per_node=8 main.py --model detr --enact --coco_path COCO
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.ops import box_convert
+from tqdm import tqdm
+
+import engine
+from configs.cli import parse_args, to_yaml
+from configs.schema import Config
+from datasets import (
+    BatchLoader,
+    CocoDetection,
+    CocoEvaluator,
+    EpochBatches,
+    EvalBatches,
+    build_coco,
+    build_loader,
+    eval_transform,
+    prepare_shapes,
+    train_transform,
+)
+from models import build_criterion_from, build_model_from, build_postprocessor, load_weights
+from util import checkpoint, distributed, plots
+from util.errors import InputError
+from util.logs import Curves, Record, set_up_console, write_log
+from util.training_state import TrainingState
+
+logger = logging.getLogger("main")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; an error of the user's is one line and exit status 2."""
+    try:
+        config = parse_args(sys.argv[1:] if argv is None else argv)
+        device = pick_device(config.device)
+        distributed.initialize(device.type, config.dist_timeout)
+        Run(config, device).go()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        distributed.shut_down()
+    return 0
+
+
+class Run:
+    """One command, from its configuration to its pictures."""
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        set_up_console()
+        torch.manual_seed(config.seed + distributed.rank())
+        self.device = device
+        self.train_set, self.val_set = build_data(config)
+        found = checkpoint_to_resume(config)
+        self.config = config = complete(config, self.train_set, resumed=found is not None)
+        self.model = build_model_from(config).to(device)
+        self.criterion = build_criterion_from(config)
+        self.postprocess = build_postprocessor(config.model)
+        optimizer = build_optimizer(self.model, config)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, config.lr_drop)
+        self.state = TrainingState(self.model, optimizer, scheduler)
+        if found is not None:
+            self.resume(found)
+        self.folder = Path(config.output_dir or "")
+        self.prepare_folder()
+
+    def go(self) -> None:
+        """Evaluate if that was asked for, else train to the end."""
+        if self.config.eval:
+            record = self.evaluate()
+            if distributed.is_main():
+                (self.folder / "eval.json").write_text(json.dumps(record, indent=1) + "\n")
+        else:
+            self.train()
+        if distributed.is_main():
+            self.draw()
+        distributed.barrier()
+
+    def train(self) -> None:
+        """Train the epochs that are left, with a checkpoint and an evaluation after each."""
+        config, state = self.config, self.state
+        batches = EpochBatches(
+            len(self.train_set), config.batch_size, config.seed, distributed.rank(), distributed.world_size()
+        )
+        loader = self.loader(self.train_set, batches)
+        model = self.model
+        if distributed.is_active():
+            model = DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
+        curves = Curves(self.folder)
+        with tqdm(total=config.epochs * len(batches), unit="batch", disable=not distributed.is_main()) as bar:
+            bar.update(state.epochs_done * len(batches))
+            while self.evaluate_if_due(curves) and state.epochs_done < config.epochs:
+                bar.set_description(f"epoch {state.epochs_done + 1}/{config.epochs}")
+                batches.set_epoch(state.epochs_done)
+                self.train_one_epoch(model, loader, bar)
+        curves.close()
+
+    def train_one_epoch(self, model: nn.Module, loader: BatchLoader, bar: tqdm[None]) -> None:
+        """Train, step the schedule, and keep the result before anything else can go wrong."""
+        config, state = self.config, self.state
+        options = engine.StepOptions(config.accumulate, config.clip_max_norm, config.amp)
+        rate = state.optimizer.param_groups[0]["lr"]
+        numbers = engine.train_one_epoch(
+            model, self.criterion, loader, state.optimizer, bar, self.device, options
+        )
+        state.scheduler.step()
+        parameters = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        state.records.append({
+            "train_lr": rate,
+            **{f"train_{key}": value for key, value in numbers.items()},
+            "epoch": state.epochs_done,
+            "n_parameters": parameters,
+        })
+        self.save(checkpoint.LATEST)
+        if state.epochs_done % config.lr_drop == 0 or state.epochs_done % config.checkpoint_every == 0:
+            self.save(f"checkpoint{state.epochs_done - 1:04d}.pth")
+
+    def evaluate_if_due(self, curves: Curves) -> bool:
+        """Complete the last epoch's record and log it. Always true."""
+        records = self.state.records
+        due = records and (len(records) % self.config.eval_every == 0 or len(records) == self.config.epochs)
+        if due and "test_coco_eval_bbox" not in records[-1]:
+            records[-1].update(self.evaluate())
+            self.save(checkpoint.LATEST)
+        if records and distributed.is_main():
+            write_log(records, self.folder)
+            curves.add(len(records) - 1, records[-1])
+        return True
+
+    def evaluate(self) -> Record:
+        """Score the validation images; log COCO's table."""
+        batches = EvalBatches(
+            len(self.val_set), self.config.batch_size, distributed.rank(), distributed.world_size()
+        )
+        loader = self.loader(self.val_set, batches)
+        numbers, summary = engine.evaluate(
+            self.model, self.criterion, self.postprocess, loader, CocoEvaluator(self.val_set.coco), self.device,
+            self.config.amp,
+        )
+        logger.info("%s", summary.table)
+        return {
+            **{f"test_{key}": value for key, value in numbers.items()},
+            "test_coco_eval_bbox": list(summary.metrics.values()),
+        }
+
+    def draw(self) -> None:
+        """curves.png of the epochs so far, detections.png of a few validation images."""
+        if self.state.records:
+            plots.save_curves(self.state.records, self.folder / "curves.png")
+        names = self.val_set.class_names
+        plots.save_detections(self.example_detections(), names, self.folder / "detections.png")
+        logger.info("results are in %s", self.folder)
+
+    @torch.inference_mode()
+    def example_detections(self, count: int = 12) -> list[plots.Picture]:
+        """The first images of the validation set with their objects and what the model finds."""
+        self.model.eval()
+        pictures = []
+        batch = next(iter(self.loader(self.val_set, EvalBatches(min(count, len(self.val_set)), count, 0, 1)))).to(self.device)
+        sizes = torch.stack([target["size"] for target in batch.targets])
+        found = self.postprocess(engine.forward(self.model, batch, self.config.amp), sizes)
+        for image, target, detections in zip(batch.images, batch.targets, found, strict=True):
+            height, width = target["size"].tolist()
+            boxes = box_convert(target["boxes"], "cxcywh", "xyxy") * target["size"].flip(0).repeat(2)
+            truth = {"labels": target["labels"].cpu(), "boxes": boxes.cpu()}
+            shown = {key: value.cpu() for key, value in detections.items()}
+            pictures.append((image[:, :height, :width].cpu(), truth, shown))
+        return pictures
+
+    def loader(self, dataset: CocoDetection, batches: EpochBatches | EvalBatches) -> BatchLoader:
+        return build_loader(dataset, batches, self.config.num_workers, self.device.type == "cuda")
+
+    def resume(self, path: Path) -> None:
+        """Go on from a checkpoint, or take over the weights of a published one."""
+        try:
+            complete = self.state.restore(checkpoint.load(path), load_weights)
+        except ValueError as error:
+            raise InputError(f"{path}: {error}") from None
+        if complete:
+            logger.info("resumed %s after epoch %d", path, self.state.epochs_done)
+        else:
+            logger.info("took over the weights of %s; the rest of that run's state is not ours", path)
+
+    def save(self, name: str) -> None:
+        self.state.save(self.folder / name, dataclasses.asdict(self.config))
+
+    def prepare_folder(self) -> None:
+        """Make the output folder; never write over another run."""
+        taken = not (self.config.resume or self.config.eval) and (self.folder / checkpoint.LATEST).exists()
+        if any(distributed.gather_objects(taken)):
+            raise InputError(
+                f"{self.folder} holds a run already; go on with it by --resume auto, or choose another --output_dir"
+            )
+        if distributed.is_main():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "config.yaml").write_text(to_yaml(self.config))
+        distributed.barrier()
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of this process; "auto" takes a GPU where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"no such device: {name}; try --device cpu or --device cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: this torch sees no GPU; use --device cpu, or install a CUDA build of torch")
+    if device.type == "cuda" and distributed.is_launched():
+        return torch.device("cuda", distributed.local_rank())
+    return device
+
+
+def build_data(config: Config) -> tuple[CocoDetection, CocoDetection]:
+    """The training and the validation set."""
+    if config.coco_path is not None:
+        root = Path(config.coco_path)
+    else:
+        root = prepare_shapes(num_train=config.shapes_train, num_val=config.shapes_val)
+    transforms = {
+        "train": train_transform(
+            config.train_short_sides, config.max_long_side, config.crop_short_sides, config.crop_range
+        ),
+        "val": eval_transform(config.eval_short_side, config.max_long_side),
+    }
+    train, val = (build_coco(root, split, transform, config.seed) for split, transform in transforms.items())
+    return train, val
+
+
+def checkpoint_to_resume(config: Config) -> Path | None:
+    """The file that --resume names; for "auto" the output folder's newest, if it has one."""
+    if config.resume == "auto":
+        newest = default_folder(config) / checkpoint.LATEST
+        return newest if newest.exists() else None
+    return Path(config.resume) if config.resume else None
+
+
+def default_folder(config: Config) -> Path:
+    variant = {None: "", "paper": "_enact", "official": "_enact_official"}[config.enact]
+    return Path(config.output_dir or f"outputs/{config.model}{variant}")
+
+
+def complete(config: Config, train_set: CocoDetection, resumed: bool) -> Config:
+    """Fill in what the data decides; weights that a checkpoint brings need not be fetched first."""
+    return dataclasses.replace(
+        config,
+        num_classes=config.num_classes or train_set.num_classes,
+        output_dir=str(default_folder(config)),
+        backbone_weights=None if resumed else config.backbone_weights,
+    )
+
+
+def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """AdamW with one learning rate for the backbone and one for the rest (spec 5.2)."""
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for name, parameter in trained if not name.startswith("backbone.")]},
+        {
+            "params": [parameter for name, parameter in trained if name.startswith("backbone.")],
+            "lr": config.lr_backbone,
+        },
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""DETR (arXiv 2005.12872; spec 6.1).
+
+Shapes: B images, N tokens, Q queries, C channels, K classes, L decoder layers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from models.backbone import Backbone
+from models.encoder import Encoder
+from models.layers import MLP, collect_outputs, feature_pad_mask, xavier_matrices
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention among the queries, attention to the image, feed-forward; a layer norm after each."""
+
+    def __init__(self, embed_dim: int, num_heads: int, dim_feedforward: int, dropout: float) -> None:
+        super().__init__()
+        self.self_attn = nn.MultiheadAttention(embed_dim, num_heads, dropout, batch_first=True)
+        self.multihead_attn = nn.MultiheadAttention(embed_dim, num_heads, dropout, batch_first=True)
+        self.linear1 = nn.Linear(embed_dim, dim_feedforward)
+        self.linear2 = nn.Linear(dim_feedforward, embed_dim)
+        self.norm1 = nn.LayerNorm(embed_dim)
+        self.norm2 = nn.LayerNorm(embed_dim)
+        self.norm3 = nn.LayerNorm(embed_dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, query_pos: Tensor, memory: Tensor, position: Tensor, pad_mask: Tensor) -> Tensor:
+        """x, query_pos (B, Q, C); memory, position (B, N, C); pad_mask (B, N) bool -> (B, Q, C)."""
+        located = x + query_pos
+        attended = self.self_attn(located, located, x, need_weights=False)[0]
+        x = self.norm1(x + self.dropout(attended))
+        attended = self.multihead_attn(
+            x + query_pos, memory + position, memory, key_padding_mask=pad_mask, need_weights=False
+        )[0]
+        x = self.norm2(x + self.dropout(attended))
+        transformed = self.linear2(self.dropout(self.linear1(x).relu()))
+        result: Tensor = self.norm3(x + self.dropout(transformed))
+        return result
+
+
+class Decoder(nn.Module):
+    """A stack of `DecoderLayer`; one layer norm for the output of every layer."""
+
+    def __init__(self, num_layers: int, embed_dim: int, num_heads: int, dim_feedforward: int, dropout: float) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            DecoderLayer(embed_dim, num_heads, dim_feedforward, dropout) for _ in range(num_layers)
+        )
+        self.norm = nn.LayerNorm(embed_dim)
+
+    def forward(self, query_pos: Tensor, memory: Tensor, position: Tensor, pad_mask: Tensor) -> Tensor:
+        """query_pos (B, Q, C), the rest as in `DecoderLayer` -> (L, B, Q, C)."""
+        x, outputs = torch.zeros_like(query_pos), []
+        for layer in self.layers:
+            x = layer(x, query_pos, memory, position, pad_mask)
+            outputs.append(self.norm(x))
+        return torch.stack(outputs)
+
+
+class Detr(nn.Module):
+    """DETR.
+
+    Args:
+        backbone: images -> features.
+        position_embedding: pad_mask (B, h, w) -> (B, h, w, C).
+        encoder: (tokens, position, pad_mask) -> memory, with dense or clustered self-attention.
+        num_classes: largest category id + 1; the logits have one class more, "no object", in the last place.
+        num_queries: Q, the most objects that an image can have.
+        num_layers, embed_dim, num_heads, dim_feedforward, dropout: of the decoder.
+        aux_loss: return the predictions of the earlier decoder layers too.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        position_embedding: nn.Module,
+        encoder: Encoder,
+        *,
+        num_classes: int,
+        num_queries: int = 100,
+        num_layers: int = 6,
+        embed_dim: int = 256,
+        num_heads: int = 8,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        aux_loss: bool = True,
+    ) -> None:
+        super().__init__()
+        self.num_queries = num_queries
+        self.aux_loss = aux_loss
+        self.backbone = backbone
+        self.position_embedding = position_embedding
+        self.input_proj = nn.Conv2d(backbone.num_channels, embed_dim, kernel_size=1)
+        self.encoder = encoder
+        self.decoder = Decoder(num_layers, embed_dim, num_heads, dim_feedforward, dropout)
+        self.query_embed = nn.Embedding(num_queries, embed_dim)
+        self.class_embed = nn.Linear(embed_dim, num_classes + 1)
+        self.bbox_embed = MLP(embed_dim, embed_dim, embed_dim, 4)
+        xavier_matrices(self.encoder, self.decoder)
+
+    def forward(self, images: Tensor, pad_mask: Tensor) -> dict[str, Tensor | list[dict[str, Tensor]]]:
+        """Detect.
+
+        Args:
+            images: float (B, 3, H, W), normalised, zero where padded.
+            pad_mask: bool (B, H, W), True where padded.
+
+        Returns:
+            "pred_logits" (B, Q, K + 1), "pred_boxes" (B, Q, 4) cxcywh in [0, 1] of the image without padding, and
+            "aux_outputs", the same two for each earlier decoder layer.
+        """
+        features = self.backbone(images)
+        pad_mask = feature_pad_mask(pad_mask, features)
+        position = self.position_embedding(pad_mask).flatten(1, 2)
+        tokens = self.input_proj(features).flatten(2).transpose(1, 2)
+        pad_mask = pad_mask.flatten(1)
+        memory = self.encoder(tokens, position, pad_mask)
+        queries = self.query_embed.weight.expand(len(images), -1, -1)
+        states = self.decoder(queries, memory, position, pad_mask)
+        return collect_outputs(self.class_embed(states), self.bbox_embed(states).sigmoid(), self.aux_loss)

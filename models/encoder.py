@@ -1,0 +1,70 @@
+"""The transformer encoder of DETR and Conditional DETR; its self-attention is given to it.
+
+Shapes: B batch, N tokens, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+# Called as nn.MultiheadAttention is: (query, key, value, key_padding_mask=, need_weights=) -> (result, weights).
+MakeSelfAttention = Callable[[], nn.Module]
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention and a feed-forward block, each with a residual and a layer norm after it.
+
+    Args:
+        self_attn: called as `nn.MultiheadAttention(batch_first=True)` is.
+        embed_dim: C.
+        dim_feedforward: width of the feed-forward block.
+        dropout: after the attention, inside and after the feed-forward block.
+    """
+
+    def __init__(self, self_attn: nn.Module, embed_dim: int, dim_feedforward: int, dropout: float) -> None:
+        super().__init__()
+        self.self_attn = self_attn
+        self.linear1 = nn.Linear(embed_dim, dim_feedforward)
+        self.linear2 = nn.Linear(dim_feedforward, embed_dim)
+        self.norm1 = nn.LayerNorm(embed_dim)
+        self.norm2 = nn.LayerNorm(embed_dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, tokens: Tensor, position: Tensor, pad_mask: Tensor | None) -> Tensor:
+        """tokens, position (B, N, C); pad_mask (B, N) bool, True where padded -> (B, N, C)."""
+        located = tokens + position
+        attended = self.self_attn(located, located, tokens, key_padding_mask=pad_mask, need_weights=False)[0]
+        tokens = self.norm1(tokens + self.dropout(attended))
+        transformed = self.linear2(self.dropout(self.linear1(tokens).relu()))
+        result: Tensor = self.norm2(tokens + self.dropout(transformed))
+        return result
+
+
+class Encoder(nn.Module):
+    """A stack of `EncoderLayer`.
+
+    Args:
+        make_self_attention: called once a layer.
+        num_layers, embed_dim, dim_feedforward, dropout: of the layers.
+    """
+
+    def __init__(
+        self,
+        make_self_attention: MakeSelfAttention,
+        num_layers: int,
+        embed_dim: int,
+        dim_feedforward: int,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            EncoderLayer(make_self_attention(), embed_dim, dim_feedforward, dropout) for _ in range(num_layers)
+        )
+
+    def forward(self, tokens: Tensor, position: Tensor, pad_mask: Tensor | None) -> Tensor:
+        """tokens, position (B, N, C); pad_mask (B, N) bool, True where padded -> (B, N, C)."""
+        for layer in self.layers:
+            tokens = layer(tokens, position, pad_mask)
+        return tokens

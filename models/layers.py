@@ -1,0 +1,60 @@
+"""Small parts that several detectors share."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLU between them.
+
+    Args:
+        widths: channels of the input, of each hidden layer, and of the output.
+    """
+
+    def __init__(self, *widths: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(fan_in, fan_out) for fan_in, fan_out in pairwise(widths))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., widths[0]) -> (..., widths[-1])."""
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x))
+        result: Tensor = self.layers[-1](x)
+        return result
+
+
+def xavier_matrices(*modules: nn.Module) -> None:
+    """Xavier-uniform on every parameter with more than one dimension, as DETR's transformers start (spec 6.1)."""
+    for module in modules:
+        for parameter in module.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+
+
+def feature_pad_mask(pad_mask: Tensor, features: Tensor) -> Tensor:
+    """The mask of a feature map's cells: pad_mask (B, H, W) bool, features (B, C, h, w) -> (B, h, w) bool."""
+    return F.interpolate(pad_mask[:, None].float(), size=features.shape[-2:]).squeeze(1).bool()
+
+
+def collect_outputs(logits: Tensor, boxes: Tensor, aux_loss: bool) -> dict[str, Tensor | list[dict[str, Tensor]]]:
+    """Predictions of every decoder layer -> the dictionary that a detector returns.
+
+    Args:
+        logits: (layers, B, Q, K).
+        boxes: (layers, B, Q, 4) cxcywh in [0, 1].
+        aux_loss: whether "aux_outputs" lists the earlier layers.
+    """
+    per_layer = [{"pred_logits": layer_logits, "pred_boxes": layer_boxes}
+                 for layer_logits, layer_boxes in zip(logits, boxes, strict=True)]
+    return {**per_layer[-1], "aux_outputs": per_layer[:-1] if aux_loss else []}
+
+
+def inverse_sigmoid(p: Tensor, eps: float = 1e-5) -> Tensor:
+    """log(p / (1 - p)) with p clamped to [0, 1] and both terms to at least `eps`."""
+    p = p.clamp(0, 1)
+    return torch.log(p.clamp(min=eps) / (1 - p).clamp(min=eps))

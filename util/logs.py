@@ -1,0 +1,54 @@
+"""What a run says and leaves behind: console messages, log.txt, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm.contrib.logging import _TqdmLoggingHandler
+
+from util import distributed
+
+LOG_NAME = "log.txt"
+Record = dict[str, Any]
+
+
+def set_up_console() -> None:
+    """Messages of the main process from INFO on, of the others only warnings; progress bars stay whole."""
+    handler = _TqdmLoggingHandler()
+    prefix = f"[rank {distributed.rank()}] " if distributed.world_size() > 1 else ""
+    handler.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
+    level = logging.INFO if distributed.is_main() else logging.WARNING
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+
+
+def write_log(records: Sequence[Record], folder: Path) -> None:
+    """log.txt: one JSON line an epoch, with DETR's keys."""
+    temporary = folder / f".{LOG_NAME}.tmp"
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
+    temporary.replace(folder / LOG_NAME)
+
+
+class Curves:
+    """TensorBoard events of the main process; does nothing in the others."""
+
+    def __init__(self, folder: Path) -> None:
+        self._writer = SummaryWriter(str(folder)) if distributed.is_main() else None
+
+    def add(self, epoch: int, numbers: Mapping[str, Any]) -> None:
+        """Write every number of an epoch's record; train_loss -> train/loss."""
+        if self._writer is None:
+            return
+        for key, value in numbers.items():
+            group, _, name = key.partition("_")
+            if isinstance(value, int | float) and group in ("train", "test"):
+                self._writer.add_scalar(f"{group}/{name}", value, epoch)
+        self._writer.flush()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
