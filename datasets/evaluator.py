@@ -111,9 +111,8 @@ class CocoEvaluator:
 
 
 def _class_ap(evaluation: COCOeval) -> dict[int, float]:
-    precision = evaluation.eval["precision"][
-        :, :, :, 0, -1
-    ]  # (thresholds, recalls, classes): all sizes, most detections
+    # (thresholds, recalls, classes) of (thresholds, recalls, classes, size ranges, detection limits): all sizes, 100
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]
     averages: dict[int, float] = {}
     for column, category_id in enumerate(evaluation.params.catIds):
         defined = precision[:, :, column][precision[:, :, column] > -1]

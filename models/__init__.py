@@ -121,6 +121,7 @@ def _detr(config: Config) -> Detr:
         dim_feedforward=config.dim_feedforward,
         dropout=config.dropout,
         aux_loss=config.aux_loss,
+        skip_padding=config.enact != "official",
     )
     if config.enact == "official":  # the released code's first weights differ from the host's (spec 3.3, item 21)
         for layer in encoder.layers:

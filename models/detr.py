@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from models.backbone import Backbone
 from models.encoder import Encoder
-from models.layers import MLP, collect_outputs, feature_pad_mask, xavier_matrices
+from models.layers import MLP, collect_outputs, drop_padding, feature_pad_mask, xavier_matrices
 
 
 class DecoderLayer(nn.Module):
@@ -71,6 +71,8 @@ class Detr(nn.Module):
         num_queries: Q, the most objects that an image can have.
         num_layers, embed_dim, num_heads, dim_feedforward, dropout: of the decoder.
         aux_loss: return the predictions of the earlier decoder layers too.
+        skip_padding: compute on real tokens only. False feeds the encoder the padded map, as published, which
+            changes the result only where the encoder's attention does not mask padding ("official" ENACT).
     """
 
     def __init__(
@@ -87,10 +89,12 @@ class Detr(nn.Module):
         dim_feedforward: int = 2048,
         dropout: float = 0.1,
         aux_loss: bool = True,
+        skip_padding: bool = True,
     ) -> None:
         super().__init__()
         self.num_queries = num_queries
         self.aux_loss = aux_loss
+        self.skip_padding = skip_padding
         self.backbone = backbone
         self.position_embedding = position_embedding
         self.input_proj = nn.Conv2d(backbone.num_channels, embed_dim, kernel_size=1)
@@ -117,6 +121,8 @@ class Detr(nn.Module):
         position = self.position_embedding(pad_mask).flatten(1, 2)
         tokens = self.input_proj(features).flatten(2).transpose(1, 2)
         pad_mask = pad_mask.flatten(1)
+        if self.skip_padding:
+            tokens, position, pad_mask = drop_padding(tokens, position, pad_mask)
         memory = self.encoder(tokens, position, pad_mask)
         queries = self.query_embed.weight.expand(len(images), -1, -1)
         states = self.decoder(queries, memory, position, pad_mask)

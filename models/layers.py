@@ -41,6 +41,24 @@ def feature_pad_mask(pad_mask: Tensor, features: Tensor) -> Tensor:
     return F.interpolate(pad_mask[:, None].float(), size=features.shape[-2:]).squeeze(1).bool()
 
 
+def drop_padding(tokens: Tensor, position: Tensor, pad_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Keep the real tokens, in their order; an image with fewer than another is padded behind its last one.
+
+    With images of many shapes a third of a batch's cells is padding, and most of that is gone afterwards.
+
+    Args:
+        tokens, position: (B, N, C).
+        pad_mask: (B, N) bool, True where padded.
+
+    Returns:
+        The three with N reduced to the largest number of real tokens of an image.
+    """
+    longest = int((~pad_mask).sum(1).max())
+    order = pad_mask.to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]
+    rows = order.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
+    return tokens.gather(1, rows), position.gather(1, rows), pad_mask.gather(1, order)
+
+
 def collect_outputs(logits: Tensor, boxes: Tensor, aux_loss: bool) -> dict[str, Tensor | list[dict[str, Tensor]]]:
     """Predictions of every decoder layer -> the dictionary that a detector returns.
 

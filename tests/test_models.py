@@ -1,0 +1,222 @@
+"""Detectors as users build them: sizes, padding, parameters, initialisation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from models import build_model, load_weights
+from models.backbone import Backbone
+from models.layers import drop_padding
+from util.errors import InputError
+
+SMALL: dict[str, Any] = {
+    "backbone": "resnet10", "backbone_weights": None, "enc_layers": 2, "dec_layers": 2, "hidden_dim": 64, "nheads": 4,
+    "dim_feedforward": 96, "num_queries": 7, "num_classes": 5,
+}  # fmt: skip
+VARIANTS = (None, "paper", "official")
+
+# Spec 4: keys, total and trainable parameters.
+PUBLISHED_SIZES = [
+    ("detr", None, "resnet50", 458, 41_524_768, 41_302_368),
+    ("detr", "paper", "resnet50", 494, 41_526_310, 41_303_910),
+    ("detr", None, "resnet101", 713, 60_464_672, 60_242_272),
+    ("detr", "official", "resnet101", 749, 60_466_214, 60_243_814),
+]
+
+
+def batch_of(*sizes: tuple[int, int], canvas: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
+    """Random images of these heights and widths on one canvas, and its mask."""
+    height, width = canvas or (max(size[0] for size in sizes), max(size[1] for size in sizes))
+    images, pad_mask = torch.zeros(len(sizes), 3, height, width), torch.ones(len(sizes), height, width).bool()
+    for image, mask, (h, w) in zip(images, pad_mask, sizes, strict=True):
+        image[:, :h, :w], mask[:h, :w] = torch.randn(3, h, w), False
+    return images, pad_mask
+
+
+@pytest.mark.parametrize(("name", "enact", "backbone", "keys", "total", "trainable"), PUBLISHED_SIZES)
+def test_parameters_are_as_many_as_published(
+    name: str, enact: str | None, backbone: str, keys: int, total: int, trainable: int
+) -> None:
+    with torch.device("meta"):
+        model = build_model(name, enact, backbone=backbone, backbone_weights=None)
+    parameters = list(model.parameters())
+    assert sum(parameter.numel() for parameter in parameters) == total
+    assert sum(parameter.numel() for parameter in parameters if parameter.requires_grad) == trainable
+    # Published files store q, k and v of ENACT apart: four keys more a layer.
+    assert len(model.state_dict()) + (24 if enact else 0) == keys
+
+
+@pytest.mark.parametrize("enact", VARIANTS)
+@pytest.mark.parametrize("dilation", [False, True])
+@pytest.mark.parametrize("position_embedding", ["sine", "learned"])
+def test_every_variant_detects_and_learns(enact: str | None, dilation: bool, position_embedding: str) -> None:
+    model = build_model("detr", enact, **SMALL, dilation=dilation, position_embedding=position_embedding)
+    images, pad_mask = batch_of((96, 128), (128, 64))
+    outputs = model(images, pad_mask)
+    assert outputs["pred_logits"].shape == (2, 7, 6)
+    assert outputs["pred_boxes"].shape == (2, 7, 4)
+    assert 0 <= outputs["pred_boxes"].min() <= outputs["pred_boxes"].max() <= 1
+    assert len(outputs["aux_outputs"]) == 1
+    (outputs["pred_logits"].square().sum() + outputs["pred_boxes"].sum()).backward()
+    silent = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert silent == []
+
+
+@pytest.mark.parametrize("enact", [None, "paper"])
+def test_who_shares_the_canvas_never_changes_an_image(enact: str | None) -> None:
+    model = build_model("detr", enact, **SMALL).eval()
+    images, pad_mask = batch_of((96, 160), (160, 64), (128, 128))
+    with torch.no_grad():
+        together = model(images, pad_mask)
+        for image in range(3):
+            alone = model(images[image : image + 1], pad_mask[image : image + 1])
+            for key in ("pred_logits", "pred_boxes"):
+                assert_close(together[key][image : image + 1], alone[key], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("enact", [None, "paper"])
+@pytest.mark.parametrize("skip_padding", [True, False])
+def test_padding_never_changes_a_real_token(enact: str | None, skip_padding: bool) -> None:
+    """Given the same features, the encoder gives real tokens the same on any canvas, beside any batch mates."""
+    model = build_model("detr", enact, **SMALL).eval()
+    feature_map, position_map = torch.randn(6, 7, 64), torch.randn(6, 7, 64)
+
+    def encode(canvas: tuple[int, int], mates: int) -> Tensor:
+        tokens = torch.randn(1 + mates, *canvas, 64)
+        position, pad_mask = torch.randn_like(tokens), torch.ones(1 + mates, *canvas, dtype=torch.bool)
+        tokens[0, :6, :7], position[0, :6, :7], pad_mask[0, :6, :7] = feature_map, position_map, False
+        pad_mask[1:, : canvas[0] - 1] = False
+        arguments = tokens.flatten(1, 2), position.flatten(1, 2), pad_mask.flatten(1)
+        if skip_padding:
+            arguments = drop_padding(*arguments)
+        memory: Tensor = model.encoder(*arguments)
+        return memory[0][~arguments[2][0]]
+
+    with torch.no_grad():
+        alone = encode((6, 7), 0)
+        for canvas, mates in (((9, 11), 0), ((6, 20), 0), ((13, 7), 2)):
+            assert_close(encode(canvas, mates), alone, atol=1e-5, rtol=0)
+
+
+def test_drop_padding_keeps_real_tokens_in_order() -> None:
+    tokens = torch.arange(12.0).view(2, 6, 1)
+    pad_mask = torch.tensor([[False, True, False, False, True, True], [True, True, False, True, True, False]])
+    kept, position, mask = drop_padding(tokens, -tokens, pad_mask)
+    assert kept[0].flatten().tolist() == [0, 2, 3]
+    assert kept[1, :2].flatten().tolist() == [8, 11]
+    assert_close(position, -kept)
+    assert mask.tolist() == [[False] * 3, [False, False, True]]
+
+
+def test_an_image_smaller_than_a_cell_is_detected_on() -> None:
+    model = build_model("detr", "paper", **SMALL).eval()
+    outputs = model(*batch_of((5, 3), (64, 64)))
+    assert outputs["pred_logits"].isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_dc5_halves_the_stride_and_keeps_the_parameters(name: str) -> None:
+    plain, dilated = Backbone(name), Backbone(name, dilation=True)
+    assert plain.state_dict().keys() == dilated.state_dict().keys()
+    images = torch.randn(1, 3, 64, 96)
+    assert plain(images).shape == (1, plain.num_channels, 2, 3)
+    assert dilated(images).shape == (1, plain.num_channels, 4, 6)
+    assert (plain.stride, dilated.stride) == (32, 16)
+
+
+def test_dc5_equals_torchvisions_dilated_resnet() -> None:
+    import torchvision
+
+    ours = Backbone("resnet50", dilation=True)
+    theirs = torchvision.models.resnet50(
+        replace_stride_with_dilation=[False, False, True], norm_layer=torchvision.ops.FrozenBatchNorm2d
+    )
+    theirs.load_state_dict({key.removeprefix("body."): value for key, value in ours.state_dict().items()}, strict=False)
+    features = nn.Sequential(*list(theirs.children())[:-2])
+    images = torch.randn(1, 3, 64, 64)
+    assert_close(ours(images), features(images))
+
+
+@pytest.mark.parametrize(("stage", "stride", "channels"), [(1, 4, 64), (2, 8, 128), (3, 16, 256), (4, 32, 512)])
+def test_an_earlier_stage_gives_a_finer_map(stage: int, stride: int, channels: int) -> None:
+    backbone = Backbone("resnet18", stage=stage)
+    assert backbone(torch.randn(1, 3, 64, 64)).shape == (1, channels, 64 // stride, 64 // stride)
+    assert (backbone.stride, backbone.num_channels) == (stride, channels)
+
+
+def test_published_part_of_the_backbone_is_frozen() -> None:
+    trained = {name.split(".")[1] for name, p in Backbone("resnet18").named_parameters() if p.requires_grad}
+    assert trained == {"layer2", "layer3", "layer4"}
+    assert not any(p.requires_grad for p in build_model("detr", **SMALL, lr_backbone=0.0).backbone.parameters())
+
+
+def test_backbone_weights_come_from_a_file(tmp_path: Any) -> None:
+    import torchvision
+
+    file, source = tmp_path / "resnet18.pth", torchvision.models.resnet18()
+    torch.save(source.state_dict(), file)  # ordinary batch norm and the classifier included, as torchvision saves it
+    backbone = Backbone("resnet18", str(file))
+    assert_close(backbone.body.layer4[1].conv2.weight, source.layer4[1].conv2.weight)
+    with pytest.raises(InputError, match=r"resnet18\.pth does not hold weights of this ResNet"):
+        Backbone("resnet34", str(file))
+    with pytest.raises(InputError, match="no backbone weights at"):
+        Backbone("resnet34", str(tmp_path / "nothing.pth"))
+
+
+def test_a_learned_embedding_says_how_far_it_reaches() -> None:
+    model = build_model("detr", **{**SMALL, "backbone_stage": 1}, position_embedding="learned")
+    with pytest.raises(ValueError, match="50 cells a side"):
+        model(*batch_of((64, 256)))
+
+
+def test_initialisation_is_the_published_one() -> None:
+    """Xavier over the packed matrix for dense and paper; over each projection, with drawn biases, for official."""
+    for enact, bound, biased in ((None, 0.0766, False), ("paper", 0.0766, False), ("official", 0.1083, True)):
+        layer = build_model("detr", enact, backbone_weights=None).encoder.layers[2]
+        attention = layer.self_attn
+        assert attention.in_proj_weight.abs().max().item() == pytest.approx(bound, abs=2e-4)
+        assert attention.out_proj.weight.abs().max().item() == pytest.approx(0.1083, abs=2e-4)
+        assert bool(attention.in_proj_bias.abs().max() > 0) is biased
+        assert layer.linear1.weight.abs().max().item() == pytest.approx((6 / (256 + 2048)) ** 0.5, abs=2e-4)
+
+
+def test_unknown_fields_of_the_config_are_refused() -> None:
+    with pytest.raises(ValueError, match="num_querys"):
+        build_model("detr", num_querys=3)
+
+
+def test_weights_that_do_not_fit_are_named_and_leave_the_model_alone() -> None:
+    model = build_model("detr", **SMALL)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    wrong = {key: value + 1 for key, value in before.items()}
+    wrong["extra.weight"] = torch.zeros(1)
+    wrong["class_embed.bias"] = torch.zeros(3)
+    del wrong["query_embed.weight"]
+    with pytest.raises(ValueError, match="query_embed.weight is missing.*extra.weight is unexpected.*class_embed.bias has shape"):
+        load_weights(model, wrong)
+    for key, value in model.state_dict().items():
+        assert_close(value, before[key])
+
+
+def test_our_own_layout_loads() -> None:
+    source, model = build_model("detr", "paper", **SMALL), build_model("detr", "paper", **SMALL)
+    load_weights(model, source.state_dict())
+    assert_close(dict(model.state_dict()), dict(source.state_dict()))
+
+
+def test_an_incomplete_published_attention_is_not_made_up() -> None:
+    model = build_model("detr", "official", **SMALL)
+    state = {f"transformer.{key}" if key.startswith("encoder") else key: value
+             for key, value in model.state_dict().items()}  # fmt: skip
+    attention = "transformer.encoder.layers.0.self_attn"
+    for name, part in zip(("W_q", "W_k", "W_v"), state.pop(f"{attention}.in_proj_weight").chunk(3), strict=True):
+        state[f"{attention}.{name}.weight"] = part
+    load_weights(model, state)
+    del state[f"{attention}.W_k.weight"]
+    with pytest.raises(ValueError, match="encoder.layers.0.self_attn.in_proj_weight is missing"):
+        load_weights(model, state)
