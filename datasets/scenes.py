@@ -19,9 +19,9 @@ Point = npt.NDArray[np.float64]  # (2,): x, y
 
 CLASS_NAMES = {1: "circle", 2: "square", 3: "triangle", 4: "cross", 5: "ring"}
 ROUND_CLASSES = (1, 5)
-IMAGE_SIDES = (96, 144)  # pixels, both included
-OBJECT_SIDES = (14, 90)  # the longer side of an object's box, pixels
-MAX_OBJECTS = 5
+IMAGE_SIDES = (88, 120)  # pixels, both included
+OBJECT_SIDES = (16, 80)  # the longer side of an object's box, pixels
+MAX_OBJECTS = 4
 PLACEMENT_TRIES = 8
 SMALLEST_VISIBLE_PART = 0.5
 SMALLEST_VISIBLE_AREA = 40  # pixels
@@ -45,7 +45,7 @@ class Scene(NamedTuple):
 
 
 def draw_scene(rng: np.random.Generator, empty: bool = False) -> Scene:
-    """A scene with 1 to 5 objects, or with none if `empty`."""
+    """A scene with 1 to 4 objects, or with none if `empty`."""
     height, width = (int(side) for side in rng.integers(*IMAGE_SIDES, size=2, endpoint=True))
     canvas = _Canvas(_background(rng, height, width))
     wanted = 0 if empty else int(rng.integers(1, MAX_OBJECTS, endpoint=True))
@@ -187,8 +187,9 @@ _INSIDE: dict[int, _Inside] = {1: _in_circle, 2: _in_square, 3: _in_triangle, 4:
 
 
 def _background(rng: np.random.Generator, height: int, width: int) -> Floats:
-    """A smooth random gradient with weak stripes and noise."""
-    knots = rng.uniform(50, 205, size=3) + rng.uniform(-45, 45, size=(4, 4, 3))
+    """A smooth, muted random gradient with weak stripes and noise."""
+    brightness = rng.uniform(60, 195) + rng.uniform(-40, 40, size=(4, 4, 1))
+    knots = brightness + rng.uniform(-18, 18, size=3) + rng.uniform(-10, 10, size=(4, 4, 3))
     image: Floats = np.einsum("ya,abc,xb->yxc", _blend(height), knots, _blend(width), optimize=True).astype(np.float32)
     image += _stripes(rng, height, width, strongest=9)[..., None]
     image += _noise(rng, height, width, strongest=6)[..., None]
@@ -231,10 +232,12 @@ def _paint(rng: np.random.Generator, canvas: _Canvas, window: tuple[slice, slice
 def _contrasting_colour(
     rng: np.random.Generator, canvas: _Canvas, window: tuple[slice, slice]
 ) -> npt.NDArray[np.float64]:
-    """A random colour far from the mean colour of everything seen in the window; the furthest of a few if none is."""
+    """A vivid colour far from the mean colour of everything seen in the window; the furthest of a few if none is."""
     owners, image = canvas.owner[window], canvas.image[window]
     around = np.stack([image[owners == owner].mean(axis=0) for owner in np.unique(owners)])  # (k,3)
-    candidates = rng.uniform(15, 240, size=(32, 3))
+    candidates = rng.uniform(0, 1, size=(32, 3))
+    candidates -= candidates.min(axis=1, keepdims=True)
+    candidates *= rng.uniform(150, 250, size=(32, 1)) / candidates.max(axis=1, keepdims=True)
     distances = np.linalg.norm(candidates[:, None] - around, axis=2).min(axis=1)
     colour: npt.NDArray[np.float64] = candidates[np.minimum(distances, SMALLEST_CONTRAST).argmax()]
     return colour
