@@ -28,11 +28,13 @@ def parse_args(argv: Sequence[str]) -> Config:
         InputError: an unknown flag or key, a wrong type, an unreadable file; one line.
     """
     files, flags = _split_config_files(_complete_switches(argv))
-    recipe = recipe_files(*_pick_recipe(files, flags))
-    config_flags = [word for file in (*recipe, *files) for word in ("--config", str(file))]
     try:
+        recipe = recipe_files(*_pick_recipe(files, flags))
+        config_flags = [word for file in (*recipe, *files) for word in ("--config", str(file))]
         parsed = build_parser().parse_args([*config_flags, *flags]).as_dict()
-    except argparse.ArgumentError as error:
+    except InputError:
+        raise
+    except (argparse.ArgumentError, ValueError) as error:
         raise InputError(_one_line(error)) from None
     parsed.pop("config")
     return Config(**parsed)

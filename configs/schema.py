@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 
@@ -42,6 +42,7 @@ class Config:
     dilation: bool = False
     """DC5: the last stage dilated instead of strided."""
     position_embedding: Literal["sine", "learned"] = "sine"
+    """Of detr and conditional_detr; anchor_detr embeds sines with a small network."""
     enc_layers: int = 6
     dec_layers: int = 6
     dim_feedforward: int = 2048
@@ -49,6 +50,13 @@ class Config:
     nheads: int = 8
     dropout: float = 0.1
     num_queries: int = 100
+    """Detr and conditional_detr; anchor_detr has num_query_position * num_query_pattern."""
+    num_query_position: int = 300
+    """Anchor points of anchor_detr."""
+    num_query_pattern: int = 3
+    """Queries of anchor_detr at each anchor point."""
+    spatial_prior: Literal["learned", "grid"] = "learned"
+    """Anchor points of anchor_detr: learned, or the square lattice nearest to num_query_position in number."""
     num_classes: int | None = None
     """None: the largest category id of the training annotations + 1."""
 
@@ -123,6 +131,8 @@ FIELD_NAMES = frozenset(field.name for field in fields(Config))
 
 def recipe_files(model: str, enact: str | None, built_in_data: bool) -> list[Path]:
     """The YAML files whose values hold for a run, weakest first."""
+    if model not in get_args(ModelName):
+        raise ValueError(f"no model {model!r}; choose one of {', '.join(get_args(ModelName))}")
     row = {"detr": "detr_r50", "conditional_detr": "conditional_detr_r101", "anchor_detr": "anchor_detr_r50_dc5"}[model]
     files = [CONFIG_DIR / f"{row}{'_enact' if enact else ''}.yaml"]
     return [*files, CONFIG_DIR / "shapes.yaml"] if built_in_data else files

@@ -27,6 +27,7 @@ SMALLEST_VISIBLE_PART = 0.5
 SMALLEST_VISIBLE_AREA = 40  # pixels
 SUPERSAMPLING = 2
 SMALLEST_CONTRAST = 90.0  # Euclidean distance of mean colours, of 255 a channel
+HUE_SPREAD = 0.12  # of the colour circle, to either side of a class's own hue
 BACKGROUND = -1
 
 
@@ -97,7 +98,7 @@ def _place_object(rng: np.random.Generator, canvas: _Canvas) -> None:
         window = _random_window(rng, canvas, coverage)
         mask = coverage >= 0.5
         if mask.sum() >= SMALLEST_VISIBLE_AREA and canvas.leaves_all_visible(window, mask):
-            canvas.add(category_id, window, coverage, _paint(rng, canvas, window))
+            canvas.add(category_id, window, coverage, _paint(rng, canvas, window, category_id))
             return
 
 
@@ -218,26 +219,33 @@ def _noise(rng: np.random.Generator, height: int, width: int, strongest: float) 
     return noise
 
 
-def _paint(rng: np.random.Generator, canvas: _Canvas, window: tuple[slice, slice]) -> Floats:
+def _paint(rng: np.random.Generator, canvas: _Canvas, window: tuple[slice, slice], category_id: int) -> Floats:
     """The surface (h,w,3) of a new object: a colour unlike those around, shaded from one side, with faint texture."""
     height, width = canvas.owner[window].shape
     angle, strength = rng.uniform(0, 2 * math.pi), rng.uniform(0, 0.18)
     y, x = np.linspace(-1, 1, height)[:, None], np.linspace(-1, 1, width)
     shading = 1 + strength * (math.sin(angle) * y + math.cos(angle) * x)
-    paint: Floats = (shading[..., None] * _contrasting_colour(rng, canvas, window)).astype(np.float32)
+    paint: Floats = (shading[..., None] * _contrasting_colour(rng, canvas, window, category_id)).astype(np.float32)
     paint += (_stripes(rng, height, width, strongest=6) + _noise(rng, height, width, strongest=4))[..., None]
     return paint
 
 
 def _contrasting_colour(
-    rng: np.random.Generator, canvas: _Canvas, window: tuple[slice, slice]
+    rng: np.random.Generator, canvas: _Canvas, window: tuple[slice, slice], category_id: int
 ) -> npt.NDArray[np.float64]:
-    """A vivid colour far from the mean colour of everything seen in the window; the furthest of a few if none is."""
+    """A colour of the class, far from the mean colour of everything seen in the window; else the furthest of a few."""
     owners, image = canvas.owner[window], canvas.image[window]
     around = np.stack([image[owners == owner].mean(axis=0) for owner in np.unique(owners)])  # (k,3)
-    candidates = rng.uniform(0, 1, size=(32, 3))
-    candidates -= candidates.min(axis=1, keepdims=True)
-    candidates *= rng.uniform(150, 250, size=(32, 1)) / candidates.max(axis=1, keepdims=True)
+    candidates = _vivid_colours(rng, category_id, count=32)
     distances = np.linalg.norm(candidates[:, None] - around, axis=2).min(axis=1)
     colour: npt.NDArray[np.float64] = candidates[np.minimum(distances, SMALLEST_CONTRAST).argmax()]
     return colour
+
+
+def _vivid_colours(rng: np.random.Generator, category_id: int, count: int) -> npt.NDArray[np.float64]:
+    """Random colours (count, 3) around the hue of a class. Neighbouring classes share some hues: shape decides."""
+    hue = category_id / len(CLASS_NAMES) + rng.uniform(-HUE_SPREAD, HUE_SPREAD, size=(count, 1))
+    saturation, value = rng.uniform(0.75, 1, size=(count, 1)), rng.uniform(150, 250, size=(count, 1))
+    purity = np.clip(np.abs((6 * hue + np.array([0.0, 4.0, 2.0])) % 6 - 3) - 1, 0, 1)
+    colours: npt.NDArray[np.float64] = value * (1 - saturation * (1 - purity))
+    return colours

@@ -5,5 +5,6 @@ Imports torch and nothing else, so that the folder can be copied into another pr
 
 from enact.attention import EnactAttention
 from enact.clustering import Clusters
+from enact.row_column import EnactRowColumnAttention
 
-__all__ = ["Clusters", "EnactAttention"]
+__all__ = ["Clusters", "EnactAttention", "EnactRowColumnAttention"]

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from enact.clustering import Clusters, sign_change_regions, uniform_chunks
+from enact.clustering import Clusters, cluster_keys, sign_change_regions, uniform_chunks
 from enact.information import Information
 
 Variant = Literal["paper", "official"]
@@ -70,13 +70,8 @@ class EnactAttention(nn.MultiheadAttention):
 
     def clusters(self, key: Tensor, key_padding_mask: Tensor | None = None) -> Clusters:
         """The clusters of `key` (B, N, C); `key_padding_mask` (B, N) bool, True where padded."""
-        logits = self.information.logits(key)
-        if key_padding_mask is None or self.variant == "official":
-            return self.cluster(self.information(logits))
-        order = key_padding_mask.to(torch.uint8).argsort(dim=1, stable=True)  # real tokens first, in raster order
-        real = ~key_padding_mask.gather(1, order)
-        smoothed = self.information(logits.gather(1, order), real)
-        return self.cluster(smoothed, real).in_token_order(order)
+        mask = None if self.variant == "official" else key_padding_mask
+        return cluster_keys(key, mask, self.information, self.cluster)
 
     def forward(  # type: ignore[override]
         self,
@@ -120,7 +115,7 @@ class EnactAttention(nn.MultiheadAttention):
         weights = self.in_proj_weight.chunk(3)
         biases: Any = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         projected = (
-            F.linear(tokens, weight, bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, tokens, D)
+            split_heads(F.linear(tokens, weight, bias), self.num_heads)
             for tokens, weight, bias in zip((query, key, value), weights, biases, strict=True)
         )
         return Heads(*projected)
@@ -128,7 +123,7 @@ class EnactAttention(nn.MultiheadAttention):
     def _attend(self, heads: Heads, mask: Tensor | None) -> Tensor:
         """Heads -> (B, L, C); mask (B, 1, 1, T) True where there is no cluster."""
         if self.variant == "official":
-            attended = F.scaled_dot_product_attention(*heads, scale=1.0) / self.head_dim
+            attended: Tensor = F.scaled_dot_product_attention(*heads, scale=1.0) / self.head_dim
         else:
             dropout = self.dropout if self.training else 0.0
             attended = F.scaled_dot_product_attention(*heads, None if mask is None else ~mask, dropout)
@@ -143,7 +138,14 @@ class EnactAttention(nn.MultiheadAttention):
         attention = logits.softmax(-1) / (self.head_dim if official else 1.0)  # (B, H, L, T)
         attention = F.pad(attention, (0, 1))  # the slot of tokens that belong to no cluster
         index = clusters.index[:, None, None].expand(-1, *attention.shape[1:3], -1)
-        return attention.gather(3, index) * clusters.weight[:, None, None]
+        weights: Tensor = attention.gather(3, index) * clusters.weight[:, None, None]
+        return weights
+
+
+def split_heads(tokens: Tensor, num_heads: int) -> Tensor:
+    """(B, ..., H * D) -> (B, H, ..., D)."""
+    heads: Tensor = tokens.view(*tokens.shape[:-1], num_heads, -1)
+    return heads.movedim(-2, 1)
 
 
 class Heads(NamedTuple):

@@ -7,12 +7,13 @@ Which token belongs to which cluster is decided under `no_grad`; how much it wei
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from enact.information import filter_tokens
+from enact.information import Information, filter_tokens
 
 
 class Clusters(NamedTuple):
@@ -24,9 +25,9 @@ class Clusters(NamedTuple):
     num_clusters: T, the largest count.
     """
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index
     weight: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count
     num_clusters: int
 
     def pool(self, tokens: Tensor) -> Tensor:
@@ -97,17 +98,36 @@ def uniform_chunks(smoothed: Tensor, real: Tensor | None = None) -> Clusters:
     do not fill a chunk are left out at both ends. Padding counts as tokens, as in the released code: `real` is
     accepted for the sake of one signature, and ignored.
     """
-    batch, tokens = smoothed.shape
     with torch.no_grad():
-        bends_down = curvature_sign(smoothed)
-        runs = 1 + (bends_down[:, 1:] != bends_down[:, :-1]).sum(1)
-        length = round(float((tokens / runs).double().mean()))
-        num_clusters = tokens // length
-        position = torch.arange(tokens, device=smoothed.device) - tokens % length // 2
-        kept = (position >= 0) & (position < num_clusters * length)
-        index = torch.where(kept, position // length, num_clusters).expand(batch, -1)
-    count = index.new_full((batch,), num_clusters)
-    return Clusters(index, softmax_in_clusters(smoothed, index, num_clusters), count, num_clusters)
+        length = mean_run(smoothed).mean().expand(len(smoothed))
+    return _chunks(smoothed, length)
+
+
+def uniform_chunks_per_image(smoothed: Tensor, real: Tensor | None = None) -> Clusters:
+    """As `uniform_chunks`, with each image's own length: what the released code does to an image on its own."""
+    with torch.no_grad():
+        length = mean_run(smoothed)
+    return _chunks(smoothed, length)
+
+
+def mean_run(smoothed: Tensor) -> Tensor:
+    """The mean length, in tokens, of an image's runs of one curvature sign: (B, N) -> (B,) float64."""
+    bends_down = curvature_sign(smoothed)
+    runs = 1 + (bends_down[:, 1:] != bends_down[:, :-1]).sum(1)
+    return (smoothed.shape[1] / runs).double()
+
+
+def _chunks(smoothed: Tensor, length: Tensor) -> Clusters:
+    """Chunks of `length` (B,) tokens, rounded half to even; the tokens left over are split between both ends."""
+    tokens = smoothed.shape[1]
+    with torch.no_grad():
+        length = length.round().long().unsqueeze(1)  # (B, 1)
+        count = tokens // length
+        num_clusters = int(count.max())
+        position = torch.arange(tokens, device=smoothed.device) - tokens % length // 2  # (B, N)
+        kept = (position >= 0) & (position < count * length)
+        index = torch.where(kept, position // length, num_clusters)
+    return Clusters(index, softmax_in_clusters(smoothed, index, num_clusters), count.squeeze(1), num_clusters)
 
 
 def one_per_token(smoothed: Tensor, real: Tensor | None = None) -> Clusters:
@@ -119,3 +139,27 @@ def one_per_token(smoothed: Tensor, real: Tensor | None = None) -> Clusters:
         count = real.sum(1).clamp(min=1)
         index = index.masked_fill(~real, tokens)
     return Clusters(index, (index < tokens).to(smoothed.dtype), count, tokens)
+
+
+# Smoothed information (B, N) and which tokens are real (B, N), or None -> clusters.
+Clustering = Callable[[Tensor, Tensor | None], Clusters]
+
+
+def cluster_keys(
+    keys: Tensor, key_padding_mask: Tensor | None, information: Information, clustering: Clustering
+) -> Clusters:
+    """The clusters of an image's keys, as if padding were not there.
+
+    Args:
+        keys: (B, N, C).
+        key_padding_mask: (B, N) bool, True where padded, wherever that is; None: every token counts as real.
+        information: from keys to smoothed information.
+        clustering: from smoothed information to clusters.
+    """
+    logits = information.logits(keys)
+    if key_padding_mask is None:
+        return clustering(information(logits), None)
+    order = key_padding_mask.to(torch.uint8).argsort(dim=1, stable=True)  # real tokens first, in raster order
+    real = ~key_padding_mask.gather(1, order)
+    smoothed = information(logits.gather(1, order), real)
+    return clustering(smoothed, real).in_token_order(order)

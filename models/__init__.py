@@ -11,22 +11,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from configs.schema import Config, recipe
-from enact import EnactAttention
+from enact import EnactAttention, EnactRowColumnAttention
+from models.anchor_detr import AnchorDecoder, AnchorDetr, RowColumnAttention, RowColumnEncoder
 from models.backbone import Backbone
-from models.checkpoints import load_weights
-from models.criterion import Criterion, SoftmaxClassLoss
-from models.detr import Detr
+from models.checkpoints import load_weights, warm_start
+from models.conditional_detr import ConditionalDecoder, ConditionalDetr
+from models.criterion import ClassLoss, Criterion, FocalClassLoss, SoftmaxClassLoss
+from models.detr import Decoder, Detr
 from models.encoder import Encoder
-from models.matcher import HungarianMatcher, softmax_class_cost
+from models.matcher import ClassCost, HungarianMatcher, focal_class_cost, softmax_class_cost
 from models.position_encoding import build_position_embedding
-from models.postprocess import Postprocessor, softmax_detections
+from models.postprocess import Postprocessor, focal_detections, softmax_detections
 
-__all__ = ["build_criterion", "build_model", "build_postprocessor", "load_weights"]
+__all__ = ["build_criterion", "build_model", "build_postprocessor", "load_weights", "warm_start"]
 
 # COCO's largest category id, and 1.
 COCO_CLASSES = 91
@@ -36,20 +38,21 @@ def build_model(name: str, enact: str | None = None, **overrides: Any) -> nn.Mod
     """A detector with new weights.
 
     Args:
-        name: "detr".
+        name: "detr", "conditional_detr" or "anchor_detr".
         enact: None for a dense encoder, "paper" or "official".
         overrides: fields of `Config`; the rest is the recipe of this row of the results table.
 
     Returns:
         A module: (images float (B, 3, H, W), pad_mask bool (B, H, W) True where padded) -> {"pred_logits" (B, Q, K),
         "pred_boxes" (B, Q, 4) cxcywh in [0, 1], "aux_outputs": the same two for each earlier decoder layer}.
+        It has `num_queries`, Q.
     """
     return build_model_from(recipe(name, enact, **overrides))
 
 
 def build_model_from(config: Config) -> nn.Module:
     """The detector that `config` describes."""
-    return _BUILDERS[config.model](config)
+    return _FAMILIES[config.model].build(config)
 
 
 def build_criterion(name: str, **overrides: Any) -> Criterion:
@@ -59,13 +62,11 @@ def build_criterion(name: str, **overrides: Any) -> Criterion:
 
 def build_criterion_from(config: Config) -> Criterion:
     """The training loss that `config` describes."""
-    matcher = HungarianMatcher(
-        softmax_class_cost, config.set_cost_class, config.set_cost_bbox, config.set_cost_giou
-    )
+    family = _FAMILIES[config.model]
     return Criterion(
-        matcher,
-        SoftmaxClassLoss(config.eos_coef),
-        config.num_classes or COCO_CLASSES,
+        HungarianMatcher(family.class_cost, config.set_cost_class, config.set_cost_bbox, config.set_cost_giou),
+        family.class_loss(config),
+        _num_classes(config),
         class_coef=config.cls_loss_coef,
         bbox_coef=config.bbox_loss_coef,
         giou_coef=config.giou_loss_coef,
@@ -75,22 +76,31 @@ def build_criterion_from(config: Config) -> Criterion:
 
 def build_postprocessor(name: str) -> Postprocessor:
     """(outputs, sizes (B, 2) height and width) -> [{"scores", "labels", "boxes" xyxy in pixels}]."""
-    return {"detr": softmax_detections}[name]
+    return _FAMILIES[recipe(name).model].postprocess
+
+
+def _num_classes(config: Config) -> int:
+    return config.num_classes or COCO_CLASSES
+
+
+def _enact_options(config: Config) -> dict[str, Any]:
+    return {"smoothing_sigma": config.smoothing_sigma, "variant": config.enact}
 
 
 def _self_attention(config: Config) -> Callable[[], nn.Module]:
     """Makes the self-attention of one encoder layer: the seam at which ENACT enters a detector."""
-    options = {"dropout": config.dropout, "batch_first": True}
-    if config.enact is None:
-        return partial(nn.MultiheadAttention, config.hidden_dim, config.nheads, **options)
-    return partial(
-        EnactAttention,
-        config.hidden_dim,
-        config.nheads,
-        smoothing_sigma=config.smoothing_sigma,
-        variant=config.enact,
-        **options,
-    )
+    make: Callable[..., nn.Module] = nn.MultiheadAttention
+    if config.enact is not None:
+        make = partial(EnactAttention, **_enact_options(config))
+    return partial(make, config.hidden_dim, config.nheads, config.dropout, batch_first=True)
+
+
+def _row_column_self_attention(config: Config) -> Callable[[], nn.Module]:
+    """As `_self_attention`, for Anchor DETR."""
+    make: Callable[..., nn.Module] = RowColumnAttention
+    if config.enact is not None:
+        make = partial(EnactRowColumnAttention, **_enact_options(config))
+    return partial(make, config.hidden_dim, config.nheads, config.dropout)
 
 
 def _backbone(config: Config) -> Backbone:
@@ -105,28 +115,94 @@ def _backbone(config: Config) -> Backbone:
     )
 
 
-def _detr(config: Config) -> Detr:
-    encoder = Encoder(
+def _encoder(config: Config) -> Encoder:
+    return Encoder(
         _self_attention(config), config.enc_layers, config.hidden_dim, config.dim_feedforward, config.dropout
     )
+
+
+def _decoder_sizes(config: Config) -> tuple[int, int, int, int, float]:
+    return config.dec_layers, config.hidden_dim, config.nheads, config.dim_feedforward, config.dropout
+
+
+def _detr(config: Config) -> Detr:
     model = Detr(
         _backbone(config),
         build_position_embedding(config.position_embedding, config.hidden_dim),
-        encoder,
-        num_classes=config.num_classes or COCO_CLASSES,
-        num_queries=config.num_queries,
-        num_layers=config.dec_layers,
-        embed_dim=config.hidden_dim,
-        num_heads=config.nheads,
-        dim_feedforward=config.dim_feedforward,
-        dropout=config.dropout,
-        aux_loss=config.aux_loss,
-        skip_padding=config.enact != "official",
+        _encoder(config),
+        Decoder(*_decoder_sizes(config)),
+        num_logits=_num_classes(config) + 1,
+        **_common_options(config),
     )
-    if config.enact == "official":  # the released code's first weights differ from the host's (spec 3.3, item 21)
-        for layer in encoder.layers:
-            layer.self_attn.reset_parameters()
+    return _as_published(model, config)
+
+
+def _conditional_detr(config: Config) -> Detr:
+    model = ConditionalDetr(
+        _backbone(config),
+        build_position_embedding(config.position_embedding, config.hidden_dim),
+        _encoder(config),
+        ConditionalDecoder(*_decoder_sizes(config)),
+        num_classes=_num_classes(config),
+        **_common_options(config),
+    )
+    return _as_published(model, config)
+
+
+def _common_options(config: Config) -> dict[str, Any]:
+    return {
+        "num_queries": config.num_queries,
+        "embed_dim": config.hidden_dim,
+        "aux_loss": config.aux_loss,
+        "skip_padding": config.enact != "official",
+    }
+
+
+def _as_published(model: Detr, config: Config) -> Detr:
+    """The first weights of the released ENACT differ from its host's (spec 3.3, item 21)."""
+    if config.enact == "official":
+        for module in model.encoder.modules():
+            if isinstance(module, EnactAttention):
+                module.reset_parameters()
     return model
 
 
-_BUILDERS: dict[str, Callable[[Config], nn.Module]] = {"detr": _detr}
+def _anchor_detr(config: Config) -> AnchorDetr:
+    encoder = RowColumnEncoder(
+        _row_column_self_attention(config), config.enc_layers, config.hidden_dim, config.dim_feedforward, config.dropout
+    )
+    return AnchorDetr(
+        _backbone(config),
+        encoder,
+        AnchorDecoder(*_decoder_sizes(config)),
+        num_classes=_num_classes(config),
+        num_query_position=config.num_query_position,
+        num_query_pattern=config.num_query_pattern,
+        spatial_prior=config.spatial_prior,
+        embed_dim=config.hidden_dim,
+        aux_loss=config.aux_loss,
+    )
+
+
+def _softmax_loss(config: Config) -> ClassLoss:
+    return SoftmaxClassLoss(config.eos_coef)
+
+
+def _focal_loss(config: Config) -> ClassLoss:
+    return FocalClassLoss(config.focal_alpha)
+
+
+class _Family(NamedTuple):
+    """A detector, and how it scores classes: in training, in matching, in detections."""
+
+    build: Callable[[Config], nn.Module]
+    class_loss: Callable[[Config], ClassLoss]
+    class_cost: ClassCost
+    postprocess: Postprocessor
+
+
+_FAMILIES = {
+    "detr": _Family(_detr, _softmax_loss, softmax_class_cost, softmax_detections),
+    "conditional_detr": _Family(_conditional_detr, _focal_loss, focal_class_cost, focal_detections),
+    "anchor_detr": _Family(_anchor_detr, _focal_loss, focal_class_cost, focal_detections),
+}

@@ -54,7 +54,7 @@ class Backbone(nn.Module):
             raise InputError(f"backbone_stage must be 1 to 4, and 4 with dilation; got {stage}, dilation {dilation}")
         resnet = _resnet(name, weights, NORMS[norm])
         if dilation:
-            _dilate(resnet.layer4)
+            _dilate(resnet.get_submodule("layer4"))
         kept = (*STEM, *STAGES[:stage])
         self.body = nn.Sequential(OrderedDict((part, getattr(resnet, part)) for part in kept))
         self.num_channels = _out_channels(self.body)
@@ -77,7 +77,7 @@ def _resnet(name: str, weights: str | None, norm_layer: Callable[[int], nn.Modul
         except OSError as error:
             raise InputError(
                 f"could not fetch torchvision's ImageNet weights of {name} ({error}); download them where there is "
-                "a network and give the file with --backbone_weights, or train from scratch with --backbone_weights null"
+                "a network and give the file with --backbone_weights, or use random ones: --backbone_weights null"
             ) from error
         return resnet
     if name == "resnet10":  # ResNet-18 with half of its blocks, for the small recipe; nobody publishes weights of it

@@ -65,7 +65,7 @@ class FocalClassLoss:
 
     def __call__(self, logits: Tensor, classes: Tensor, normalizers: Normalizers) -> Tensor:
         wanted = F.one_hot(classes, logits.shape[-1] + 1)[..., :-1].to(logits.dtype)
-        loss = sigmoid_focal_loss(logits, wanted, self.alpha, self.gamma, reduction="none")
+        loss: Tensor = sigmoid_focal_loss(logits, wanted, self.alpha, self.gamma, reduction="none")
         return loss.sum((1, 2, 3)) / normalizers.boxes
 
     def weight_of(self, matched: Tensor, unmatched: Tensor) -> Tensor:

@@ -67,9 +67,10 @@ class Detr(nn.Module):
         backbone: images -> features.
         position_embedding: pad_mask (B, h, w) -> (B, h, w, C).
         encoder: (tokens, position, pad_mask) -> memory, with dense or clustered self-attention.
-        num_classes: largest category id + 1; the logits have one class more, "no object", in the last place.
+        decoder: (query_pos, memory, position, pad_mask) -> states of each layer.
+        num_logits: K, the largest category id + 2; the last class is "no object".
         num_queries: Q, the most objects that an image can have.
-        num_layers, embed_dim, num_heads, dim_feedforward, dropout: of the decoder.
+        embed_dim: C.
         aux_loss: return the predictions of the earlier decoder layers too.
         skip_padding: compute on real tokens only. False feeds the encoder the padded map, as published, which
             changes the result only where the encoder's attention does not mask padding ("official" ENACT).
@@ -80,14 +81,11 @@ class Detr(nn.Module):
         backbone: Backbone,
         position_embedding: nn.Module,
         encoder: Encoder,
+        decoder: nn.Module,
         *,
-        num_classes: int,
+        num_logits: int,
         num_queries: int = 100,
-        num_layers: int = 6,
         embed_dim: int = 256,
-        num_heads: int = 8,
-        dim_feedforward: int = 2048,
-        dropout: float = 0.1,
         aux_loss: bool = True,
         skip_padding: bool = True,
     ) -> None:
@@ -99,9 +97,9 @@ class Detr(nn.Module):
         self.position_embedding = position_embedding
         self.input_proj = nn.Conv2d(backbone.num_channels, embed_dim, kernel_size=1)
         self.encoder = encoder
-        self.decoder = Decoder(num_layers, embed_dim, num_heads, dim_feedforward, dropout)
+        self.decoder = decoder
         self.query_embed = nn.Embedding(num_queries, embed_dim)
-        self.class_embed = nn.Linear(embed_dim, num_classes + 1)
+        self.class_embed = nn.Linear(embed_dim, num_logits)
         self.bbox_embed = MLP(embed_dim, embed_dim, embed_dim, 4)
         xavier_matrices(self.encoder, self.decoder)
 
@@ -113,9 +111,16 @@ class Detr(nn.Module):
             pad_mask: bool (B, H, W), True where padded.
 
         Returns:
-            "pred_logits" (B, Q, K + 1), "pred_boxes" (B, Q, 4) cxcywh in [0, 1] of the image without padding, and
+            "pred_logits" (B, Q, K), "pred_boxes" (B, Q, 4) cxcywh in [0, 1] of the image without padding, and
             "aux_outputs", the same two for each earlier decoder layer.
         """
+        memory, position, pad_mask = self.encode(images, pad_mask)
+        queries = self.query_embed.weight.expand(len(images), -1, -1)
+        states = self.decoder(queries, memory, position, pad_mask)
+        return collect_outputs(self.class_embed(states), self.bbox_embed(states).sigmoid(), self.aux_loss)
+
+    def encode(self, images: Tensor, pad_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Images and pad_mask as in `forward` -> memory (B, N, C), its position (B, N, C), its pad_mask (B, N)."""
         features = self.backbone(images)
         pad_mask = feature_pad_mask(pad_mask, features)
         position = self.position_embedding(pad_mask).flatten(1, 2)
@@ -123,7 +128,4 @@ class Detr(nn.Module):
         pad_mask = pad_mask.flatten(1)
         if self.skip_padding:
             tokens, position, pad_mask = drop_padding(tokens, position, pad_mask)
-        memory = self.encoder(tokens, position, pad_mask)
-        queries = self.query_embed.weight.expand(len(images), -1, -1)
-        states = self.decoder(queries, memory, position, pad_mask)
-        return collect_outputs(self.class_embed(states), self.bbox_embed(states).sigmoid(), self.aux_loss)
+        return self.encoder(tokens, position, pad_mask), position, pad_mask

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import torch
@@ -28,12 +29,35 @@ class MLP(nn.Module):
         return result
 
 
+def split_heads(tokens: Tensor, num_heads: int) -> Tensor:
+    """(B, ..., heads * D) -> (B, heads, ..., D)."""
+    heads: Tensor = tokens.view(*tokens.shape[:-1], num_heads, -1)
+    return heads.movedim(-2, 1)
+
+
 def xavier_matrices(*modules: nn.Module) -> None:
     """Xavier-uniform on every parameter with more than one dimension, as DETR's transformers start (spec 6.1)."""
     for module in modules:
         for parameter in module.parameters():
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
+
+
+def start_at_anchors(class_embed: nn.Linear, bbox_embed: MLP, prior: float = 0.01, log_size: float = 0.0) -> None:
+    """Start the heads of a detector with reference points: every class at `prior`, every box at its point (spec 6.2).
+
+    Args:
+        class_embed: the last layer of the class scores, for a sigmoid.
+        bbox_embed: the box head.
+        prior: first probability of each class.
+        log_size: first width and height, before the sigmoid.
+    """
+    nn.init.constant_(class_embed.bias, math.log(prior / (1 - prior)))
+    last = bbox_embed.layers[-1]
+    assert isinstance(last, nn.Linear)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias[:2])
+    nn.init.constant_(last.bias[2:], log_size)
 
 
 def feature_pad_mask(pad_mask: Tensor, features: Tensor) -> Tensor:
@@ -76,3 +100,16 @@ def inverse_sigmoid(p: Tensor, eps: float = 1e-5) -> Tensor:
     """log(p / (1 - p)) with p clamped to [0, 1] and both terms to at least `eps`."""
     p = p.clamp(0, 1)
     return torch.log(p.clamp(min=eps) / (1 - p).clamp(min=eps))
+
+
+def boxes_around(points_xy: Tensor, offsets: Tensor) -> Tensor:
+    """Boxes whose centres are offsets from reference points.
+
+    Args:
+        points_xy: (B, Q, 2) in [0, 1].
+        offsets: (..., B, Q, 4) before the sigmoid.
+
+    Returns:
+        (..., B, Q, 4) cxcywh in [0, 1].
+    """
+    return (offsets + F.pad(inverse_sigmoid(points_xy), (0, 2))).sigmoid()

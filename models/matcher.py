@@ -83,7 +83,7 @@ class HungarianMatcher:
             logger.warning("matching met %d costs that are not finite", int((~on_host.isfinite()).sum()))
             on_host = on_host.nan_to_num(nan=UNUSABLE_COST, posinf=UNUSABLE_COST, neginf=UNUSABLE_COST)
         rows, first = [], 0
-        for image, (cost, target) in enumerate(zip(on_host.split(sizes), targets, strict=True)):
+        for image, (cost, target) in enumerate(zip(torch.split(on_host, sizes), targets, strict=True)):
             count = len(target["labels"])
             for layer, block in enumerate(cost.view(num_layers, num_queries, count).numpy()):
                 query, index = (torch.from_numpy(found) for found in linear_sum_assignment(block))
@@ -100,4 +100,5 @@ class HungarianMatcher:
             box_convert(boxes.flatten(0, 1), "cxcywh", "xyxy"), box_convert(wanted, "cxcywh", "xyxy")
         ).view_as(distance)
         class_cost = self.class_cost(logits, target["labels"])
-        return self.cost_bbox * distance + self.cost_class * class_cost - self.cost_giou * iou
+        cost: Tensor = self.cost_bbox * distance + self.cost_class * class_cost - self.cost_giou * iou
+        return cost

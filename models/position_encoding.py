@@ -16,7 +16,8 @@ def sine_embedding(position: Tensor, num_features: int, temperature: float = 100
 
     Args:
         position: (...) in [0, 1].
-        num_features: even; feature i has frequency temperature ** -(2 (i // 2) / num_features), even i sine, odd cosine.
+        num_features: even; feature i has frequency temperature ** -(2 (i // 2) / num_features), even i sine, odd
+            cosine.
 
     Returns:
         (..., num_features) float32.

@@ -39,7 +39,8 @@ def focal_detections(outputs: dict[str, Any], sizes: Tensor, limit: int = 100) -
 
 def _to_pixels(boxes_cxcywh: Tensor, sizes: Tensor) -> Tensor:
     scale = sizes.to(boxes_cxcywh.device)[:, [1, 0, 1, 0]].unsqueeze(1)
-    return box_convert(boxes_cxcywh.float(), "cxcywh", "xyxy") * scale
+    boxes: Tensor = box_convert(boxes_cxcywh.float(), "cxcywh", "xyxy")
+    return boxes * scale
 
 
 def _per_image(scores: Tensor, labels: Tensor, boxes: Tensor) -> list[dict[str, Tensor]]:

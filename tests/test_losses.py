@@ -106,7 +106,8 @@ def losses_by_hand(outputs: dict[str, Any], targets: list[dict[str, Tensor]]) ->
         classes = torch.full(layer["pred_logits"].shape[:2], CLASSES)
         distance = overlap = torch.zeros(())
         for image, target in enumerate(targets):
-            one = matcher(layer["pred_logits"][None, image : image + 1], layer["pred_boxes"][None, image : image + 1], [target])
+            logits, found_boxes = (layer[key][None, image : image + 1] for key in ("pred_logits", "pred_boxes"))
+            one = matcher(logits, found_boxes, [target])
             classes[image, one.query] = target["labels"][one.target]
             boxes, wanted = layer["pred_boxes"][image, one.query], target["boxes"][one.target]
             distance = distance + (boxes - wanted).abs().sum()
@@ -151,7 +152,8 @@ def test_parts_of_a_batch_add_up_to_the_whole() -> None:
     normalizers = criterion.normalizers([targets[:2], targets[2:]], 6)
 
     def part(rows: slice) -> dict[str, Tensor]:
-        layers = [{key: layer[key][rows] for key in ("pred_logits", "pred_boxes")} for layer in (*outputs["aux_outputs"], outputs)]
+        keys, whole_layers = ("pred_logits", "pred_boxes"), (*outputs["aux_outputs"], outputs)
+        layers = [{key: layer[key][rows] for key in keys} for layer in whole_layers]
         return criterion({**layers[-1], "aux_outputs": layers[:-1]}, targets[rows], normalizers)
 
     first, second = part(slice(0, 2)), part(slice(2, 4))
@@ -180,6 +182,33 @@ def test_focal_loss_is_the_published_formula() -> None:
         positive = classes[layer, 0, query] == k
         expected[layer] += -0.25 * (1 - p) ** 2 * p.log() if positive else -0.75 * p**2 * (1 - p).log()
     assert_close(FocalClassLoss()(logits, classes, normalizers), expected / 3)
+
+
+@pytest.mark.parametrize("name", ["conditional_detr", "anchor_detr"])
+def test_focal_detectors_weigh_and_match_as_published(name: str) -> None:
+    """The criterion of Conditional and Anchor DETR is focal: one more unmatched logit costs what its focal loss is."""
+    criterion = build_criterion(name, num_classes=CLASSES, dec_layers=1)
+    assert criterion.weight_dict == {"loss_ce": 2.0, "loss_bbox": 5.0, "loss_giou": 2.0}
+    assert (criterion.matcher.class_cost, criterion.matcher.cost_class) == (focal_class_cost, 2.0)
+    outputs, targets = make_outputs(layers=1, classes=CLASSES), make_targets()
+    before = criterion(outputs, targets)["loss_ce"]
+    p = outputs["pred_logits"][1, 0, 2].sigmoid()  # image 1 has no objects
+    outputs["pred_logits"][1, 0, 2] = -50.0
+    expected = 0.75 * p**2 * -(1 - p).log() / sum(COUNTS)
+    assert_close(before - criterion(outputs, targets)["loss_ce"], expected, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["conditional_detr", "anchor_detr"])
+def test_focal_detections_are_the_hundred_best_pairs(name: str) -> None:
+    outputs = make_outputs(images=2, queries=30, classes=CLASSES)
+    sizes = torch.tensor([[100, 200], [50, 30]])
+    for image, found in enumerate(build_postprocessor(name)(outputs, sizes)):
+        p = outputs["pred_logits"][image].sigmoid()
+        pairs = sorted(itertools.product(range(30), range(CLASSES)), key=lambda pair: -p[pair].item())[:100]
+        assert found["labels"].tolist() == [label for _, label in pairs]
+        assert_close(found["scores"], torch.stack([p[pair] for pair in pairs]))
+        boxes = box_convert(outputs["pred_boxes"][image], "cxcywh", "xyxy") * sizes[image].flip(0).repeat(2)
+        assert_close(found["boxes"], torch.stack([boxes[query] for query, _ in pairs]))
 
 
 def test_softmax_detections_take_the_likeliest_class_in_pixels() -> None:

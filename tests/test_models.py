@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 from models import build_model, load_weights
 from models.backbone import Backbone
+from models.checkpoints import to_published
 from models.layers import drop_padding
 from util.errors import InputError
 
@@ -26,6 +27,14 @@ PUBLISHED_SIZES = [
     ("detr", "paper", "resnet50", 494, 41_526_310, 41_303_910),
     ("detr", None, "resnet101", 713, 60_464_672, 60_242_272),
     ("detr", "official", "resnet101", 749, 60_466_214, 60_243_814),
+    ("conditional_detr", None, "resnet50", 564, 43_418_401, 43_196_001),
+    ("conditional_detr", "paper", "resnet50", 600, 43_419_943, 43_197_543),
+    ("conditional_detr", None, "resnet101", 819, 62_358_305, 62_135_905),
+    ("conditional_detr", "official", "resnet101", 855, 62_359_847, 62_137_447),
+    ("anchor_detr", None, "resnet50", 507, 37_038_711, 36_816_311),
+    ("anchor_detr", "paper", "resnet50", 519, 37_040_253, 36_817_853),
+    ("anchor_detr", None, "resnet101", 762, 55_978_615, 55_756_215),
+    ("anchor_detr", "official", "resnet101", 774, 55_980_157, 55_757_757),
 ]
 
 
@@ -47,18 +56,24 @@ def test_parameters_are_as_many_as_published(
     parameters = list(model.parameters())
     assert sum(parameter.numel() for parameter in parameters) == total
     assert sum(parameter.numel() for parameter in parameters if parameter.requires_grad) == trainable
-    # Published files store q, k and v of ENACT apart: four keys more a layer.
-    assert len(model.state_dict()) + (24 if enact else 0) == keys
+    assert len(to_published(model.state_dict())) == keys
 
 
 @pytest.mark.parametrize("enact", VARIANTS)
-@pytest.mark.parametrize("dilation", [False, True])
-@pytest.mark.parametrize("position_embedding", ["sine", "learned"])
-def test_every_variant_detects_and_learns(enact: str | None, dilation: bool, position_embedding: str) -> None:
-    model = build_model("detr", enact, **SMALL, dilation=dilation, position_embedding=position_embedding)
+@pytest.mark.parametrize(("name", "options", "logits"), [
+    ("detr", {}, 6),
+    ("detr", {"dilation": True, "position_embedding": "learned"}, 6),
+    ("conditional_detr", {}, 5),
+    ("conditional_detr", {"dilation": True, "position_embedding": "learned"}, 5),
+    ("anchor_detr", {"num_query_position": 7, "num_query_pattern": 1}, 5),
+    ("anchor_detr", {"num_query_position": 7, "num_query_pattern": 1, "dilation": False}, 5),
+])  # fmt: skip
+def test_every_variant_detects_and_learns(name: str, options: dict[str, Any], logits: int, enact: str | None) -> None:
+    model = build_model(name, enact, **SMALL, **options)
     images, pad_mask = batch_of((96, 128), (128, 64))
     outputs = model(images, pad_mask)
-    assert outputs["pred_logits"].shape == (2, 7, 6)
+    assert model.num_queries == 7
+    assert outputs["pred_logits"].shape == (2, 7, logits)
     assert outputs["pred_boxes"].shape == (2, 7, 4)
     assert 0 <= outputs["pred_boxes"].min() <= outputs["pred_boxes"].max() <= 1
     assert len(outputs["aux_outputs"]) == 1
@@ -68,8 +83,9 @@ def test_every_variant_detects_and_learns(enact: str | None, dilation: bool, pos
 
 
 @pytest.mark.parametrize("enact", [None, "paper"])
-def test_who_shares_the_canvas_never_changes_an_image(enact: str | None) -> None:
-    model = build_model("detr", enact, **SMALL).eval()
+@pytest.mark.parametrize("name", ["detr", "conditional_detr"])
+def test_who_shares_the_canvas_never_changes_an_image(name: str, enact: str | None) -> None:
+    model = build_model(name, enact, **SMALL).eval()
     images, pad_mask = batch_of((96, 160), (160, 64), (128, 128))
     with torch.no_grad():
         together = model(images, pad_mask)
@@ -190,6 +206,11 @@ def test_unknown_fields_of_the_config_are_refused() -> None:
         build_model("detr", num_querys=3)
 
 
+def test_an_unknown_model_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"no model 'dert'.*anchor_detr"):
+        build_model("dert")
+
+
 def test_weights_that_do_not_fit_are_named_and_leave_the_model_alone() -> None:
     model = build_model("detr", **SMALL)
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -197,7 +218,8 @@ def test_weights_that_do_not_fit_are_named_and_leave_the_model_alone() -> None:
     wrong["extra.weight"] = torch.zeros(1)
     wrong["class_embed.bias"] = torch.zeros(3)
     del wrong["query_embed.weight"]
-    with pytest.raises(ValueError, match="query_embed.weight is missing.*extra.weight is unexpected.*class_embed.bias has shape"):
+    named = r"query_embed.weight is missing.*extra.weight is unexpected.*class_embed.bias has shape"
+    with pytest.raises(ValueError, match=named):
         load_weights(model, wrong)
     for key, value in model.state_dict().items():
         assert_close(value, before[key])
@@ -218,5 +240,5 @@ def test_an_incomplete_published_attention_is_not_made_up() -> None:
         state[f"{attention}.{name}.weight"] = part
     load_weights(model, state)
     del state[f"{attention}.W_k.weight"]
-    with pytest.raises(ValueError, match="encoder.layers.0.self_attn.in_proj_weight is missing"):
+    with pytest.raises(ValueError, match=r"encoder.layers.0.self_attn.in_proj_weight is missing"):
         load_weights(model, state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 import json
 import multiprocessing
 from collections import Counter
@@ -103,13 +104,16 @@ def test_a_few_training_images_are_empty_and_no_validation_image_is() -> None:
     assert 0 not in validation
 
 
-def test_class_is_told_by_shape_and_not_by_colour() -> None:
-    means: dict[int, list[np.ndarray]] = {}
+def test_colour_hints_at_the_class_and_neighbouring_classes_share_hues() -> None:
+    hues: dict[int, list[float]] = {}
     for scene in scenes(200):
         for number, entry in enumerate(scene.objects):
-            means.setdefault(entry.category_id, []).append(scene.image[scene.owner == number].mean(axis=0))
-    centres = np.stack([np.mean(means[key], axis=0) for key in sorted(means)])
-    assert np.linalg.norm(centres - centres.mean(axis=0), axis=1).max() < 25
+            red, green, blue = scene.image[scene.owner == number].mean(axis=0) / 255
+            hues.setdefault(entry.category_id, []).append(colorsys.rgb_to_hsv(red, green, blue)[0])
+    for category_id, found in hues.items():
+        offsets = [(hue - category_id / 5 + 0.5) % 1 - 0.5 for hue in found]
+        assert max(abs(offset) for offset in offsets) < 0.16
+        assert max(offsets) > 0.1 > -0.1 > min(offsets)
 
 
 def prepare_small(root: Path) -> Path:
