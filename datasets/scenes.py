@@ -20,8 +20,8 @@ Point = npt.NDArray[np.float64]  # (2,): x, y
 CLASS_NAMES = {1: "circle", 2: "square", 3: "triangle", 4: "cross", 5: "ring"}
 ROUND_CLASSES = (1, 5)
 IMAGE_SIDES = (88, 120)  # pixels, both included
-OBJECT_SIDES = (16, 80)  # the longer side of an object's box, pixels
-MAX_OBJECTS = 4
+OBJECT_SIDES = (20, 80)  # the longer side of an object's box, pixels
+MAX_OBJECTS = 3
 PLACEMENT_TRIES = 8
 SMALLEST_VISIBLE_PART = 0.5
 SMALLEST_VISIBLE_AREA = 40  # pixels
@@ -46,7 +46,7 @@ class Scene(NamedTuple):
 
 
 def draw_scene(rng: np.random.Generator, empty: bool = False) -> Scene:
-    """A scene with 1 to 4 objects, or with none if `empty`."""
+    """A scene with 1 to 3 objects, or with none if `empty`."""
     height, width = (int(side) for side in rng.integers(*IMAGE_SIDES, size=2, endpoint=True))
     canvas = _Canvas(_background(rng, height, width))
     wanted = 0 if empty else int(rng.integers(1, MAX_OBJECTS, endpoint=True))
