@@ -101,13 +101,13 @@ def _accumulate_gradients(
     model: nn.Module, criterion: Criterion, batches: Sequence[Batch], amp: bool
 ) -> dict[str, Tensor]:
     """Forward and backward of each batch; the sums of the losses."""
-    num_queries = getattr(model, "module", model).num_queries
+    num_queries: Any = getattr(model, "module", model).num_queries
     normalizers = criterion.normalizers([batch.targets for batch in batches], num_queries)
     sums: dict[str, Tensor] = {}
     for batch in batches:
         with _gradient_exchange(model, batch is batches[-1]):
             values = _weighted(criterion, criterion(forward(model, batch, amp), batch.targets, normalizers))
-            (values["loss"] / len(batches)).backward()
+            torch.autograd.backward(values["loss"] / len(batches))
         sums = {key: sums.get(key, 0) + value.detach() for key, value in values.items()}
     return sums
 

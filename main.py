@@ -10,8 +10,10 @@ import dataclasses
 import json
 import logging
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,8 +36,8 @@ from datasets import (
     prepare_shapes,
     train_transform,
 )
-from models import build_criterion_from, build_model_from, build_postprocessor, load_weights
-from util import checkpoint, distributed, plots
+from models import build_criterion_from, build_model_from, build_postprocessor, load_weights, warm_start
+from util import checkpoint, distributed, environment, plots
 from util.errors import InputError
 from util.logs import Curves, Record, set_up_console, write_log
 from util.training_state import TrainingState
@@ -68,7 +70,8 @@ class Run:
         self.train_set, self.val_set = build_data(config)
         found = checkpoint_to_resume(config)
         self.config = config = complete(config, self.train_set, resumed=found is not None)
-        self.model = build_model_from(config).to(device)
+        with distributed.node_leader_first():  # who fetches pretrained weights
+            self.model = build_model_from(config).to(device)
         self.criterion = build_criterion_from(config)
         self.postprocess = build_postprocessor(config.model)
         optimizer = build_optimizer(self.model, config)
@@ -102,7 +105,8 @@ class Run:
         if distributed.is_active():
             model = DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
         curves = Curves(self.folder)
-        with tqdm(total=config.epochs * len(batches), unit="batch", disable=not distributed.is_main()) as bar:
+        bar: tqdm[Any] = tqdm(total=config.epochs * len(batches), unit="batch", disable=not distributed.is_main())
+        with bar:
             bar.update(state.epochs_done * len(batches))
             while self.evaluate_if_due(curves) and state.epochs_done < config.epochs:
                 bar.set_description(f"epoch {state.epochs_done + 1}/{config.epochs}")
@@ -114,7 +118,7 @@ class Run:
         """Train, step the schedule, and keep the result before anything else can go wrong."""
         config, state = self.config, self.state
         options = engine.StepOptions(config.accumulate, config.clip_max_norm, config.amp)
-        rate = state.optimizer.param_groups[0]["lr"]
+        rate, start = state.optimizer.param_groups[0]["lr"], time.perf_counter()
         numbers = engine.train_one_epoch(
             model, self.criterion, loader, state.optimizer, bar, self.device, options
         )
@@ -123,6 +127,7 @@ class Run:
         state.records.append({
             "train_lr": rate,
             **{f"train_{key}": value for key, value in numbers.items()},
+            "train_seconds": time.perf_counter() - start,
             "epoch": state.epochs_done,
             "n_parameters": parameters,
         })
@@ -170,8 +175,9 @@ class Run:
     def example_detections(self, count: int = 12) -> list[plots.Picture]:
         """The first images of the validation set with their objects and what the model finds."""
         self.model.eval()
-        pictures = []
-        batch = next(iter(self.loader(self.val_set, EvalBatches(min(count, len(self.val_set)), count, 0, 1)))).to(self.device)
+        pictures: list[plots.Picture] = []
+        first_images = EvalBatches(min(count, len(self.val_set)), count, rank=0, world_size=1)
+        batch = next(iter(self.loader(self.val_set, first_images))).to(self.device)
         sizes = torch.stack([target["size"] for target in batch.targets])
         found = self.postprocess(engine.forward(self.model, batch, self.config.amp), sizes)
         for image, target, detections in zip(batch.images, batch.targets, found, strict=True):
@@ -186,22 +192,31 @@ class Run:
         return build_loader(dataset, batches, self.config.num_workers, self.device.type == "cuda")
 
     def resume(self, path: Path) -> None:
-        """Go on from a checkpoint, or take over the weights of a published one."""
+        """Go on from a checkpoint of this run, or start from the weights of another."""
+        saved = checkpoint.load(path)
+        origin = saved.get("config", {})
+        same = all(origin.get(name) == getattr(self.config, name) for name in ("model", "enact", "num_classes"))
         try:
-            complete = self.state.restore(checkpoint.load(path), load_weights)
+            if self.config.eval:
+                load_weights(self.model, saved["model"])
+            elif same:
+                self.state.restore(saved, load_weights)
+                logger.info("resumed %s after epoch %d", path, self.state.epochs_done)
+            else:
+                official = origin["enact"] == "official" if origin else None
+                notes = warm_start(self.model, saved["model"], official)
+                logger.info("start from the weights of %s%s", path, "".join(f"; {note}" for note in notes))
         except ValueError as error:
             raise InputError(f"{path}: {error}") from None
-        if complete:
-            logger.info("resumed %s after epoch %d", path, self.state.epochs_done)
-        else:
-            logger.info("took over the weights of %s; the rest of that run's state is not ours", path)
 
     def save(self, name: str) -> None:
         self.state.save(self.folder / name, dataclasses.asdict(self.config))
 
     def prepare_folder(self) -> None:
         """Make the output folder; never write over another run."""
-        taken = not (self.config.resume or self.config.eval) and (self.folder / checkpoint.LATEST).exists()
+        resume = self.config.resume
+        own = resume is not None and (resume == "auto" or Path(resume).parent.resolve() == self.folder.resolve())
+        taken = not (own or self.config.eval) and (self.folder / checkpoint.LATEST).exists()
         if any(distributed.gather_objects(taken)):
             raise InputError(
                 f"{self.folder} holds a run already; go on with it by --resume auto, or choose another --output_dir"
@@ -209,6 +224,8 @@ class Run:
         if distributed.is_main():
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.yaml").write_text(to_yaml(self.config))
+            described = json.dumps(environment.describe(self.device), indent=1)
+            (self.folder / "environment.json").write_text(f"{described}\n")
         distributed.barrier()
 
 
@@ -232,7 +249,8 @@ def build_data(config: Config) -> tuple[CocoDetection, CocoDetection]:
     if config.coco_path is not None:
         root = Path(config.coco_path)
     else:
-        root = prepare_shapes(num_train=config.shapes_train, num_val=config.shapes_val)
+        with distributed.node_leader_first():
+            root = prepare_shapes(num_train=config.shapes_train, num_val=config.shapes_val)
     transforms = {
         "train": train_transform(
             config.train_short_sides, config.max_long_side, config.crop_short_sides, config.crop_range
@@ -269,7 +287,7 @@ def complete(config: Config, train_set: CocoDetection, resumed: bool) -> Config:
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     """AdamW with one learning rate for the backbone and one for the rest (spec 5.2)."""
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [parameter for name, parameter in trained if not name.startswith("backbone.")]},
         {
             "params": [parameter for name, parameter in trained if name.startswith("backbone.")],

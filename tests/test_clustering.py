@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ def signs_by_hand(sequence: list[float]) -> list[bool]:
 
 def regions_by_hand(sequence: list[float]) -> list[int]:
     signs, index = signs_by_hand(sequence), [0]
-    for before, after in zip(signs, signs[1:]):
+    for before, after in pairwise(signs):
         index.append(index[-1] + (before != after))
     return index
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from torch.testing import assert_close
 
 import main as command
 from datasets import prepare_shapes
+from models.checkpoints import to_published
 from util import checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +29,8 @@ TINY = [
     "--backbone", "resnet10", "--backbone_stage", "1", "--hidden_dim", "16", "--nheads", "2", "--dim_feedforward", "32",
     "--enc_layers", "2", "--dec_layers", "2", "--num_queries", "6", "--train_short_sides", "[32,40]",
     "--eval_short_side", "32", "--max_long_side", "64", "--num_workers", "0", "--device", "cpu", "--epochs", "2",
-    "--batch_size", "4", "--clip_max_norm", "0.1", "--shapes_train", "16", "--shapes_val", "6", "--accumulate", "1", "--eval_every", "1",
+    "--batch_size", "4", "--clip_max_norm", "0.1", "--shapes_train", "16", "--shapes_val", "6", "--accumulate", "1",
+    "--eval_every", "1",
 ]  # fmt: skip
 Run = Callable[..., int]
 
@@ -71,14 +74,17 @@ def assert_same_training(one: str, other: str) -> None:
 
 
 def log_of(folder: str | Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (Path(folder) / "log.txt").read_text().splitlines()]
+    """The records of log.txt, without the time that they took."""
+    records = [json.loads(line) for line in (Path(folder) / "log.txt").read_text().splitlines()]
+    assert all(record.pop("train_seconds") > 0 for record in records)
+    return records
 
 
 def test_training_leaves_what_the_readme_names(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--enact") == 0
     folder = Path("outputs/detr_enact")
     names = {path.name for path in folder.iterdir()}
-    assert {"checkpoint.pth", "log.txt", "config.yaml", "curves.png", "detections.png"} <= names
+    assert {"checkpoint.pth", "log.txt", "config.yaml", "environment.json", "curves.png", "detections.png"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
     assert "Average Precision" in capsys.readouterr().err
     records = log_of(folder)
@@ -149,7 +155,8 @@ def square_data(cache: Path, where: Path) -> list[str]:
             Image.open(photograph).resize((64, 64)).save(photograph)
             image["width"] = image["height"] = 64
         for annotation in content["annotations"]:
-            annotation["bbox"] = [side * scale[annotation["image_id"]][i % 2] for i, side in enumerate(annotation["bbox"])]
+            across, down = scale[annotation["image_id"]]
+            annotation["bbox"] = [side * by for side, by in zip(annotation["bbox"], (across, down) * 2, strict=True)]
         file.write_text(json.dumps(content))
     small = yaml.safe_load((ROOT / "configs/shapes.yaml").read_text())
     Path("small.yaml").write_text(yaml.safe_dump(small | {"train_short_sides": [40]}))
@@ -253,6 +260,39 @@ def test_a_broken_photograph_stops_with_its_name(cache: Path, capsys: pytest.Cap
 def test_an_existing_run_is_never_written_over(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--output_dir", "mine", "--epochs", "1") == 0
     broken("mine holds a run already", "--output_dir", "mine", capsys=capsys)
+
+
+def test_a_checkpoint_elsewhere_is_a_start_and_not_written_over(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--output_dir", "dense", "--epochs", "1") == 0
+    before = Path("dense/checkpoint.pth").read_bytes()
+    assert run("--enact", "--output_dir", "clustered", "--resume", "dense/checkpoint.pth", "--epochs", "1") == 0
+    assert "2 layers of ENACT are new" in capsys.readouterr().err
+    assert len(log_of("clustered")) == 1
+    again = ("--output_dir", "clustered", "--resume", "dense/checkpoint.pth")
+    broken("clustered holds a run already", *again, capsys=capsys)
+    assert Path("dense/checkpoint.pth").read_bytes() == before
+
+
+def test_a_published_file_evaluates_and_code_in_a_file_never_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--output_dir", "mine", "--epochs", "1") == 0
+    saved = torch.load("mine/checkpoint.pth", weights_only=True)
+    published = {**saved, "model": to_published(saved["model"]), "args": argparse.Namespace(lr=1e-4)}
+    del published["config"], published["records"]
+    torch.save(published, "published.pth")
+    assert run("--output_dir", "scored", "--eval", "--resume", "published.pth") == 0
+    scored = json.loads(Path("scored/eval.json").read_text())
+    assert scored["test_coco_eval_bbox"] == log_of("mine")[0]["test_coco_eval_bbox"]
+
+    torch.save({**saved, "args": Touch()}, "malicious.pth")
+    broken("malicious.pth is not a checkpoint that can be read safely", "--resume", "malicious.pth", capsys=capsys)
+    assert not Path("touched").exists()
+
+
+class Touch:
+    """Unpickling it makes a file."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("touched"),)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights(

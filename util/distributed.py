@@ -5,8 +5,10 @@ Every function also works in a single process without a process group.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -63,6 +65,18 @@ def is_main() -> bool:
 def barrier() -> None:
     if is_active():
         dist.barrier()
+
+
+@contextlib.contextmanager
+def node_leader_first() -> Iterator[None]:
+    """Let one process of each machine run the block before the others do, as for something that it fetches or draws."""
+    if local_rank() != 0:
+        barrier()
+    try:
+        yield
+    finally:
+        if local_rank() == 0:
+            barrier()
 
 
 def sum_over_processes(values: Tensor) -> Tensor:

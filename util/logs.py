@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
-from tqdm.contrib.logging import _TqdmLoggingHandler
+from tqdm import tqdm
 
 from util import distributed
 
@@ -17,9 +18,16 @@ LOG_NAME = "log.txt"
 Record = dict[str, Any]
 
 
+class _AboveBars(logging.Handler):
+    """Writes messages to stderr, above the progress bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
 def set_up_console() -> None:
     """Messages of the main process from INFO on, of the others only warnings; progress bars stay whole."""
-    handler = _TqdmLoggingHandler()
+    handler = _AboveBars()
     prefix = f"[rank {distributed.rank()}] " if distributed.world_size() > 1 else ""
     handler.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
     level = logging.INFO if distributed.is_main() else logging.WARNING

@@ -27,7 +27,7 @@ class Averages:
 
         A process that added nothing takes part; the names are those of the processes that did.
         """
-        names = next((keys for keys in distributed.gather_objects(list(self._sums)) if keys), [])
+        names: list[str] = next((keys for keys in distributed.gather_objects(list(self._sums)) if keys), [])
         numbers = torch.tensor([self._sums.get(key, 0.0) for key in names] + [self._weight], dtype=torch.float64)
         if distributed.is_active():
             numbers = distributed.sum_over_processes(numbers.to(device))

@@ -81,4 +81,5 @@ def _draw(image: Tensor, boxes: Tensor, captions: Sequence[str], color: str) -> 
     image = image.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
     if not len(boxes):
         return image
-    return draw_bounding_boxes(image, boxes * zoom, list(captions), colors=color, width=2)
+    drawn: Tensor = draw_bounding_boxes(image, boxes * zoom, list(captions), colors=color, width=2)
+    return drawn

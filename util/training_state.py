@@ -51,22 +51,18 @@ class TrainingState:
         }
         checkpoint.save(state, path)
 
-    def restore(self, state: Mapping[str, Any], load_weights: LoadWeights) -> bool:
-        """Take over a checkpoint.
+    def restore(self, state: Mapping[str, Any], load_weights: LoadWeights) -> None:
+        """Take over a checkpoint that `save` wrote.
 
-        Returns:
-            Whether training goes on where it stopped. False for a checkpoint that this project did not write:
-            of such a one only the weights are taken.
+        Raises:
+            ValueError: it does not fit this run.
         """
         load_weights(self.model, state["model"])
-        if "records" not in state:
-            return False
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["lr_scheduler"])
         self.records = list(state["records"])
         if len(state["random_states"]) == distributed.world_size():
             _set_random_state(state["random_states"][distributed.rank()])
-        return True
 
 
 def _random_state() -> dict[str, Tensor]:

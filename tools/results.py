@@ -1,0 +1,86 @@
+"""Make the table of finished runs: python tools/results.py outputs/* --output results/shapes
+
+Reads log.txt and environment.json of each run, groups runs that differ only in their seed, and writes OUTPUT.json (every
+figure, with device, versions, commit and command) and OUTPUT.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+COLUMNS = ("AP", "AP50", "APS", "APM", "APL")
+POSITIONS = (0, 1, 3, 4, 5)  # of COLUMNS among COCO's twelve figures
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="output folders of finished runs")
+    parser.add_argument("--output", type=Path, required=True, help="the files to write, without suffix")
+    options = parser.parse_args(argv)
+    try:
+        runs = [read_run(folder) for folder in options.runs]
+    except (OSError, ValueError, KeyError) as error:
+        print(f"error: not the folder of a finished run: {error}", file=sys.stderr)
+        return 2
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.with_suffix(".json").write_text(json.dumps(runs, indent=1) + "\n")
+    options.output.with_suffix(".md").write_text(to_markdown(runs))
+    return 0
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """What a run's folder says of it."""
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    records = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+    figures = records[-1]["test_coco_eval_bbox"]
+    return {
+        "model": config["model"],
+        "enact": config["enact"],
+        "seed": config["seed"],
+        "epochs": len(records),
+        "seconds_per_epoch": statistics.median(record["train_seconds"] for record in records),
+        "parameters": records[-1]["n_parameters"],
+        **{name: figures[position] for name, position in zip(COLUMNS, POSITIONS, strict=True)},
+        "environment": json.loads((folder / "environment.json").read_text()),
+    }
+
+
+def to_markdown(runs: list[dict[str, Any]]) -> str:
+    """A row for each model and variant: the mean over seeds, and the range of AP and AP50."""
+    lines = [
+        "| model | encoder | seeds | AP | AP50 | APS | APM | s / epoch |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for run in runs:
+        groups.setdefault((run["model"], run["enact"] or ""), []).append(run)
+    for (model, enact), group in sorted(groups.items()):
+        cells = [mean_and_range(group, "AP"), mean_and_range(group, "AP50")]
+        cells += [f"{100 * mean(group, name):.1f}" for name in ("APS", "APM")]
+        cells.append(f"{mean(group, 'seconds_per_epoch'):.1f}")
+        encoder = f"ENACT {enact}" if enact else "dense"
+        lines.append(f"| {model} | {encoder} | {len(group)} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def mean(group: list[dict[str, Any]], name: str) -> float:
+    """The mean of one figure over runs."""
+    return statistics.fmean(run[name] for run in group)
+
+
+def mean_and_range(group: list[dict[str, Any]], name: str) -> str:
+    """In percent: mean (lowest to highest)."""
+    values = [100 * run[name] for run in group]
+    return f"{statistics.fmean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
