@@ -17,7 +17,7 @@ from tqdm import tqdm
 from datasets import Batch, CocoEvaluator, CocoSummary, normalize
 from models.criterion import Criterion, Normalizers
 from models.postprocess import Postprocessor
-from util import distributed
+from util import distributed, memory
 from util.errors import InputError
 from util.meters import Averages
 
@@ -167,11 +167,9 @@ def _postfix(
 ) -> dict[str, str]:
     """What the progress bar shows beside time: loss, learning rate, images a second of all processes, peak memory."""
     rate = bar.format_dict["rate"] or 0.0
-    shown = {
+    return {
         "loss": f"{numbers['loss']:.3f}",
         "lr": f"{optimizer.param_groups[0]['lr']:.1e}",
         "img/s": f"{rate * len(batches[0].targets) * distributed.world_size():.1f}",
+        "mem": f"{memory.peak_gib(device):.1f}GiB",
     }
-    if device.type == "cuda":
-        shown["mem"] = f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f}GiB"
-    return shown

@@ -65,11 +65,12 @@ class Run:
 
     def __init__(self, config: Config, device: torch.device) -> None:
         set_up_console()
+        demand_same_settings(config)
         torch.manual_seed(config.seed + distributed.rank())
         self.device = device
         self.train_set, self.val_set = build_data(config)
         found = checkpoint_to_resume(config)
-        self.config = config = complete(config, self.train_set, resumed=found is not None)
+        self.config = config = complete(config, self.train_set, self.val_set, resumed=found is not None)
         with distributed.node_leader_first():  # who fetches pretrained weights
             self.model = build_model_from(config).to(device)
         self.criterion = build_criterion_from(config)
@@ -79,6 +80,8 @@ class Run:
         self.state = TrainingState(self.model, optimizer, scheduler)
         if found is not None:
             self.resume(found)
+        elif config.eval:
+            logger.warning("--eval without --resume scores weights that were never trained")
         self.folder = Path(config.output_dir or "")
         self.prepare_folder()
 
@@ -105,23 +108,31 @@ class Run:
         if distributed.is_active():
             model = DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
         curves = Curves(self.folder)
-        bar: tqdm[Any] = tqdm(total=config.epochs * len(batches), unit="batch", disable=not distributed.is_main())
-        with bar:
-            bar.update(state.epochs_done * len(batches))
-            while self.evaluate_if_due(curves) and state.epochs_done < config.epochs:
+        self.evaluate_if_due(curves)  # of a run that stopped in between
+        with self.progress(len(batches)) as bar:
+            while state.epochs_done < config.epochs:
                 bar.set_description(f"epoch {state.epochs_done + 1}/{config.epochs}")
                 batches.set_epoch(state.epochs_done)
                 self.train_one_epoch(model, loader, bar)
+                self.evaluate_if_due(curves)
         curves.close()
+
+    def progress(self, batches: int) -> tqdm[Any]:
+        """A bar over the batches of all epochs; a log file gets a line of it now and then."""
+        return tqdm(
+            total=self.config.epochs * batches,
+            initial=self.state.epochs_done * batches,
+            unit="batch",
+            mininterval=0.2 if sys.stderr.isatty() else 30,
+            disable=not distributed.is_main(),
+        )
 
     def train_one_epoch(self, model: nn.Module, loader: BatchLoader, bar: tqdm[None]) -> None:
         """Train, step the schedule, and keep the result before anything else can go wrong."""
         config, state = self.config, self.state
         options = engine.StepOptions(config.accumulate, config.clip_max_norm, config.amp)
         rate, start = state.optimizer.param_groups[0]["lr"], time.perf_counter()
-        numbers = engine.train_one_epoch(
-            model, self.criterion, loader, state.optimizer, bar, self.device, options
-        )
+        numbers = engine.train_one_epoch(model, self.criterion, loader, state.optimizer, bar, self.device, options)
         state.scheduler.step()
         parameters = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
         state.records.append({
@@ -135,26 +146,30 @@ class Run:
         if state.epochs_done % config.lr_drop == 0 or state.epochs_done % config.checkpoint_every == 0:
             self.save(f"checkpoint{state.epochs_done - 1:04d}.pth")
 
-    def evaluate_if_due(self, curves: Curves) -> bool:
-        """Complete the last epoch's record and log it. Always true."""
+    def evaluate_if_due(self, curves: Curves) -> None:
+        """Complete the last epoch's record, and log it."""
         records = self.state.records
-        due = records and (len(records) % self.config.eval_every == 0 or len(records) == self.config.epochs)
+        if not records:
+            return
+        due = (len(records) % self.config.eval_every == 0 or len(records) == self.config.epochs)
         if due and "test_coco_eval_bbox" not in records[-1]:
             records[-1].update(self.evaluate())
             self.save(checkpoint.LATEST)
-        if records and distributed.is_main():
+        if distributed.is_main():
             write_log(records, self.folder)
             curves.add(len(records) - 1, records[-1])
-        return True
 
     def evaluate(self) -> Record:
         """Score the validation images; log COCO's table."""
-        batches = EvalBatches(
-            len(self.val_set), self.config.batch_size, distributed.rank(), distributed.world_size()
-        )
-        loader = self.loader(self.val_set, batches)
+        world = distributed.rank(), distributed.world_size()
+        loader = self.loader(self.val_set, EvalBatches(len(self.val_set), self.config.batch_size, *world))
         numbers, summary = engine.evaluate(
-            self.model, self.criterion, self.postprocess, loader, CocoEvaluator(self.val_set.coco), self.device,
+            self.model,
+            self.criterion,
+            self.postprocess,
+            loader,
+            CocoEvaluator(self.val_set.coco),
+            self.device,
             self.config.amp,
         )
         logger.info("%s", summary.table)
@@ -175,17 +190,14 @@ class Run:
     def example_detections(self, count: int = 12) -> list[plots.Picture]:
         """The first images of the validation set with their objects and what the model finds."""
         self.model.eval()
+        one_by_one = EvalBatches(min(count, len(self.val_set)), batch_size=1, rank=0, world_size=1)
         pictures: list[plots.Picture] = []
-        first_images = EvalBatches(min(count, len(self.val_set)), count, rank=0, world_size=1)
-        batch = next(iter(self.loader(self.val_set, first_images))).to(self.device)
-        sizes = torch.stack([target["size"] for target in batch.targets])
-        found = self.postprocess(engine.forward(self.model, batch, self.config.amp), sizes)
-        for image, target, detections in zip(batch.images, batch.targets, found, strict=True):
-            height, width = target["size"].tolist()
-            boxes = box_convert(target["boxes"], "cxcywh", "xyxy") * target["size"].flip(0).repeat(2)
-            truth = {"labels": target["labels"].cpu(), "boxes": boxes.cpu()}
-            shown = {key: value.cpu() for key, value in detections.items()}
-            pictures.append((image[:, :height, :width].cpu(), truth, shown))
+        for batch in self.loader(self.val_set, one_by_one):
+            target, size = batch.targets[0], batch.targets[0]["size"]
+            boxes = box_convert(target["boxes"], "cxcywh", "xyxy") * size.flip(0).repeat(2)
+            outputs = engine.forward(self.model, batch.to(self.device), self.config.amp)
+            found = {key: value.cpu() for key, value in self.postprocess(outputs, size.unsqueeze(0))[0].items()}
+            pictures.append((batch.images[0], {"labels": target["labels"], "boxes": boxes}, found))
         return pictures
 
     def loader(self, dataset: CocoDetection, batches: EpochBatches | EvalBatches) -> BatchLoader:
@@ -244,6 +256,15 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def demand_same_settings(config: Config) -> None:
+    """Processes that were started with different flags would wait for one another for ever."""
+    settings = [dataclasses.asdict(config), *distributed.gather_objects(dataclasses.asdict(config))]
+    different = [name for name in settings[0] if any(other[name] != settings[0][name] for other in settings)]
+    if different:
+        values = [other[different[0]] for other in settings[1:]]
+        raise InputError(f"the processes were started with different --{different[0]}: {values}; give all the same flags")
+
+
 def build_data(config: Config) -> tuple[CocoDetection, CocoDetection]:
     """The training and the validation set."""
     if config.coco_path is not None:
@@ -274,11 +295,18 @@ def default_folder(config: Config) -> Path:
     return Path(config.output_dir or f"outputs/{config.model}{variant}")
 
 
-def complete(config: Config, train_set: CocoDetection, resumed: bool) -> Config:
+def complete(config: Config, train_set: CocoDetection, val_set: CocoDetection, resumed: bool) -> Config:
     """Fill in what the data decides; weights that a checkpoint brings need not be fetched first."""
+    num_classes = config.num_classes or train_set.num_classes
+    for name, dataset in (("training", train_set), ("validation", val_set)):
+        if dataset.num_classes > num_classes:
+            raise InputError(
+                f"the {name} annotations have the category id {dataset.num_classes - 1}, and the detector is for ids "
+                f"below {num_classes}; give --num_classes {dataset.num_classes}, or renumber the categories"
+            )
     return dataclasses.replace(
         config,
-        num_classes=config.num_classes or train_set.num_classes,
+        num_classes=num_classes,
         output_dir=str(default_folder(config)),
         backbone_weights=None if resumed else config.backbone_weights,
     )

@@ -32,12 +32,12 @@ def parse_args(argv: Sequence[str]) -> Config:
         recipe = recipe_files(*_pick_recipe(files, flags))
         config_flags = [word for file in (*recipe, *files) for word in ("--config", str(file))]
         parsed = build_parser().parse_args([*config_flags, *flags]).as_dict()
+        parsed.pop("config")
+        return Config(**parsed)
     except InputError:
         raise
     except (argparse.ArgumentError, ValueError) as error:
         raise InputError(_one_line(error)) from None
-    parsed.pop("config")
-    return Config(**parsed)
 
 
 def build_parser() -> ArgumentParser:

@@ -125,6 +125,28 @@ class Config:
     dist_timeout: float = 30.0
     """Minutes that a process waits for the others."""
 
+    def __post_init__(self) -> None:
+        """Refuse values that no run can have (ValueError)."""
+        for allowed, rule in (
+            (self.batch_size > 0 and self.accumulate > 0, "batch_size and accumulate must be 1 or more"),
+            (self.eval_every > 0 and self.checkpoint_every > 0, "eval_every and checkpoint_every must be 1 or more"),
+            (self.epochs >= 0 and self.lr_drop > 0, "epochs must be 0 or more, lr_drop 1 or more"),
+            (self.num_workers >= 0, "num_workers must be 0 or more"),
+            (self.lr >= 0 and self.lr_backbone >= 0, "lr and lr_backbone must be 0 or more"),
+            (self.clip_max_norm >= 0, "clip_max_norm must be 0 or more"),
+            (0 <= self.dropout < 1, "dropout must be in [0, 1)"),
+            (self.hidden_dim % (4 * self.nheads) == 0, "hidden_dim must be a multiple of 4 times nheads"),
+            (self.enc_layers >= 0 and self.dec_layers > 0, "enc_layers must be 0 or more, dec_layers 1 or more"),
+            (self.num_queries > 0, "num_queries must be 1 or more"),
+            (self.smoothing_sigma > 1 / 3, "smoothing_sigma must be above 1/3"),
+            (bool(self.train_short_sides), "train_short_sides must name at least one size"),
+            (0 < self.crop_range[0] <= self.crop_range[1], "crop_range must be two sizes, the smaller first"),
+            (self.shapes_train > 0 and self.shapes_val > 0, "shapes_train and shapes_val must be 1 or more"),
+        ):
+            if not allowed:
+                raise ValueError(rule)
+
+
 
 FIELD_NAMES = frozenset(field.name for field in fields(Config))
 

@@ -72,6 +72,9 @@ def test_switches_and_values(argv: list[str], field: str, value: object) -> None
         (["--enact", "better"], "better"),
         (["--batch_size", "2.5"], "batch_size"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--batch_size", "0"], "batch_size and accumulate must be 1 or more"),
+        (["--nheads", "7"], "hidden_dim must be a multiple"),
+        (["--crop_range", "[600, 384]"], "crop_range"),
     ],
 )
 def test_wrong_flags_are_one_line_that_names_them(argv: list[str], said: str) -> None:

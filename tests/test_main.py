@@ -244,6 +244,7 @@ def test_bad_input_is_one_line_and_damages_nothing(cache: Path, capsys: pytest.C
     broken("lerning_rate", "--lerning_rate", "1", capsys=capsys)
     broken("batch_size", "--batch_size", "two", capsys=capsys)
     broken("no such device", "--device", "abacus", capsys=capsys)
+    broken("give --num_classes 6", "--num_classes", "3", capsys=capsys)
 
 
 def test_a_broken_photograph_stops_with_its_name(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,7 @@
 """Make the table of finished runs: python tools/results.py outputs/* --output results/shapes
 
-Reads log.txt and environment.json of each run, groups runs that differ only in their seed, and writes OUTPUT.json (every
-figure, with device, versions, commit and command) and OUTPUT.md.
+Reads log.txt and environment.json of each run and groups runs that differ only in their seed. It writes OUTPUT.json
+(every figure, with device, versions, commit and command) and OUTPUT.md.
 """
 
 from __future__ import annotations
