@@ -262,7 +262,7 @@ def demand_same_settings(config: Config) -> None:
     different = [name for name in settings[0] if any(other[name] != settings[0][name] for other in settings)]
     if different:
         values = [other[different[0]] for other in settings[1:]]
-        raise InputError(f"the processes were started with different --{different[0]}: {values}; give all the same flags")
+        raise InputError(f"the processes were started with different --{different[0]}: {values}; give all the same")
 
 
 def build_data(config: Config) -> tuple[CocoDetection, CocoDetection]:
