@@ -68,3 +68,14 @@ def test_a_row_opens_with_its_command_and_what_was_published(row: Path) -> None:
 def test_the_official_variant_has_the_recipe_of_its_row(model: str) -> None:
     paper, official = recipe(model, "paper"), recipe(model, "official")
     assert official == Config(**{**vars(paper), "enact": "official"})
+
+
+@pytest.mark.parametrize("model", ["detr", "conditional_detr", "anchor_detr"])
+@pytest.mark.parametrize("enact", [[], ["--enact"], ["--enact", "official"]])
+def test_the_small_recipe_gives_every_image_a_hundred_tokens(model: str, enact: list[str]) -> None:
+    config = parse_args(["--model", model, *enact])
+    detector = build_model_from(config)
+    side = min(*config.train_short_sides, config.eval_short_side)
+    images, pad_mask = torch.zeros(1, 3, side, side), torch.zeros(1, side, side, dtype=torch.bool)
+    assert detector.backbone(images).shape[2:].numel() >= 100
+    assert detector(images, pad_mask)["pred_boxes"].shape == (1, 10, 4)
