@@ -247,6 +247,35 @@ def test_bad_input_is_one_line_and_damages_nothing(cache: Path, capsys: pytest.C
     broken("give --num_classes 6", "--num_classes", "3", capsys=capsys)
 
 
+def test_ordinary_dirt_in_the_data_trains_and_evaluates(cache: Path) -> None:
+    """Category ids with gaps, images without objects, boxes of no size or outside, grey-scale and CMYK pictures."""
+    data = coco_copy(cache, Path("data"))
+    for split in ("train2017", "val2017"):
+        file = data / "annotations" / f"instances_{split}.json"
+        content = json.loads(file.read_text())
+        for entry in content["categories"]:
+            entry["id"] = 10 * entry["id"] + 3
+        for annotation in content["annotations"]:
+            annotation["category_id"] = 10 * annotation["category_id"] + 3
+        first, second, *others = sorted({annotation["image_id"] for annotation in content["annotations"]})
+        content["annotations"] = [entry for entry in content["annotations"] if entry["image_id"] != first]
+        dirt = {"category_id": 13, "image_id": others[0], "iscrowd": 0, "area": 0}
+        content["annotations"] += [
+            {**dirt, "id": 90001, "bbox": [5, 5, 0, 0]},
+            {**dirt, "id": 90002, "bbox": [500, 500, 20, 20]},
+            {**dirt, "id": 90003, "bbox": [-10, -10, 25, 25]},
+            {**dirt, "id": 90004, "bbox": [1, 1, 9, 9], "iscrowd": 1},
+        ]
+        names = {image["id"]: data / split / image["file_name"] for image in content["images"]}
+        for image_id, mode in ((second, "L"), (others[0], "CMYK")):
+            Image.open(names[image_id]).convert(mode).save(names[image_id])
+        file.write_text(json.dumps(content))
+    small = ["--config", str(ROOT / "configs/shapes.yaml")]
+    assert command.main([*small, *TINY, "--coco_path", "data", "--output_dir", "run", "--enact"]) == 0
+    assert torch.load("run/checkpoint.pth", weights_only=True)["config"]["num_classes"] == 54
+    assert 0 < log_of("run")[-1]["train_loss"] < 100
+
+
 def test_a_broken_photograph_stops_with_its_name(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = coco_copy(cache, Path("data"))
     photograph = sorted((data / "train2017").iterdir())[3]
