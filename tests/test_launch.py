@@ -13,9 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from test_main import TINY
 
 from datasets import prepare_shapes
-from tests.test_main import TINY
 
 ROOT = Path(__file__).parents[1]
 EPOCHS = 3
