@@ -157,7 +157,10 @@ def recipe_files(model: str, enact: str | None, built_in_data: bool) -> list[Pat
         raise ValueError(f"no model {model!r}; choose one of {', '.join(get_args(ModelName))}")
     row = {"detr": "detr_r50", "conditional_detr": "conditional_detr_r101", "anchor_detr": "anchor_detr_r50_dc5"}[model]
     files = [CONFIG_DIR / f"{row}{'_enact' if enact else ''}.yaml"]
-    return [*files, CONFIG_DIR / "shapes.yaml"] if built_in_data else files
+    if built_in_data:
+        own = CONFIG_DIR / f"shapes_{model}.yaml"
+        files += [CONFIG_DIR / "shapes.yaml", *([own] if own.exists() else [])]
+    return files
 
 
 def recipe(model: str, enact: str | None = None, **overrides: Any) -> Config:

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,6 @@ from test_main import TINY
 from datasets import prepare_shapes
 
 ROOT = Path(__file__).parents[1]
-EPOCHS = 3
 pytestmark = pytest.mark.slow
 
 
@@ -38,24 +37,36 @@ def in_use(port: int) -> bool:
         return False
 
 
-def wait_until(reached: Callable[[], bool], log: Path) -> None:
+def wait_until(reached: Callable[[], bool], folder: Path) -> None:
     deadline = time.monotonic() + 120
     while not reached():
-        assert time.monotonic() < deadline, log.read_text()[-2000:]
+        assert time.monotonic() < deadline, said(folder)[-2000:]
         time.sleep(0.2)
 
 
-def start_agent(folder: Path, port: int, name: str) -> subprocess.Popen[bytes]:
+def start_agent(folder: Path, port: int, name: str, epochs: int) -> subprocess.Popen[bytes]:
     environment = {
         **os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "ENACT_CACHE": str(folder),
         "OMP_NUM_THREADS": "1", "NODES": "2", "GPUS": "1", "HEAD": f"127.0.0.1:{port}", "JOB": "test",
     }  # fmt: skip
-    flags = [*TINY, "--epochs", str(EPOCHS), "--output_dir", str(folder / "run"), "--dist_timeout", "1"]
+    flags = [*TINY, "--epochs", str(epochs), "--output_dir", str(folder / "run"), "--dist_timeout", "1"]
     with (folder / f"{name}.err").open("wb") as log:
         return subprocess.Popen(
             [str(ROOT / "scripts" / "detr.sh"), "--enact", *flags],
             stdout=log, stderr=log, env=environment, start_new_session=True,
         )  # fmt: skip
+
+
+def start_two(folder: Path, port: int, agents: list[subprocess.Popen[bytes]], epochs: int) -> None:
+    """The first hosts the rendezvous, the second joins it."""
+    prepare_shapes(folder, num_train=16, num_val=6)
+    agents.append(start_agent(folder, port, "first", epochs))
+    wait_until(lambda: in_use(port), folder)
+    agents.append(start_agent(folder, port, "second", epochs))
+
+
+def said(folder: Path) -> str:
+    return "".join(log.read_text() for log in sorted(folder.glob("*.err")))
 
 
 def epochs_logged(folder: Path) -> list[int]:
@@ -71,19 +82,35 @@ def kill_group(agent: subprocess.Popen[bytes]) -> None:
     agent.wait()
 
 
-def test_two_machines_train_as_one(tmp_path: Path) -> None:
-    prepare_shapes(tmp_path, num_train=16, num_val=6)
-    port = free_port()
-    agents = [start_agent(tmp_path, port, "first")]
-    try:
-        wait_until(lambda: in_use(port), tmp_path / "first.err")  # it hosts the rendezvous
-        agents.append(start_agent(tmp_path, port, "second"))
-        codes = [agent.wait(timeout=200) for agent in agents]
-    finally:
-        for agent in agents:
-            if agent.poll() is None:
-                kill_group(agent)
-    assert codes == [0, 0], (tmp_path / "first.err").read_text()
-    assert epochs_logged(tmp_path) == list(range(EPOCHS))
+@pytest.fixture
+def agents() -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Those that a test starts; none is left behind."""
+    started: list[subprocess.Popen[bytes]] = []
+    yield started
+    for agent in started:
+        if agent.poll() is None:
+            kill_group(agent)
+
+
+def test_two_machines_train_as_one(tmp_path: Path, agents: list[subprocess.Popen[bytes]]) -> None:
+    start_two(tmp_path, free_port(), agents, epochs=3)
+    codes = [agent.wait(timeout=200) for agent in agents]
+    assert codes == [0, 0], said(tmp_path)
+    assert epochs_logged(tmp_path) == list(range(3))
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert environment["processes"] == 2
+
+
+def test_a_machine_that_dies_and_comes_back_goes_on_from_the_last_checkpoint(
+    tmp_path: Path, agents: list[subprocess.Popen[bytes]]
+) -> None:
+    port, epochs = free_port(), 30
+    start_two(tmp_path, port, agents, epochs)
+    wait_until(lambda: len(epochs_logged(tmp_path)) >= 3, tmp_path)
+    kill_group(agents.pop())
+    assert len(epochs_logged(tmp_path)) < epochs
+    agents.append(start_agent(tmp_path, port, "third", epochs))
+    codes = [agent.wait(timeout=200) for agent in agents]
+    assert codes == [0, 0], said(tmp_path)
+    assert epochs_logged(tmp_path) == list(range(epochs))
+    assert "resumed" in said(tmp_path)

@@ -28,6 +28,33 @@ def test_detr_r50_trains_and_evaluates(tiny_coco: Path, tmp_path: Path, enact: l
     assert len(record["test_coco_eval_bbox"]) == 12
 
 
+@pytest.fixture
+def two_and_two(tiny_coco: Path, tmp_path: Path) -> Path:
+    """A COCO folder of two photographs to train on and two to evaluate on."""
+    (tmp_path / "annotations").mkdir()
+    for split in ("train2017", "val2017"):
+        (tmp_path / split).symlink_to(tiny_coco / split)
+        annotations = json.loads((tiny_coco / "annotations" / f"instances_{split}.json").read_text())
+        annotations["images"] = annotations["images"][:2]
+        chosen = {image["id"] for image in annotations["images"]}
+        annotations["annotations"] = [found for found in annotations["annotations"] if found["image_id"] in chosen]
+        (tmp_path / "annotations" / f"instances_{split}.json").write_text(json.dumps(annotations))
+    return tmp_path
+
+
+@pytest.mark.parametrize("enact", [[], ["--enact"], ["--enact", "official"]])
+@pytest.mark.parametrize("model", ["detr", "conditional_detr", "anchor_detr"])
+def test_a_row_of_the_table_takes_a_step_at_full_size(two_and_two: Path, model: str, enact: list[str]) -> None:
+    """The published configuration: backbone, 800 pixels, queries, layers, images a step."""
+    folder = two_and_two / "run"
+    flags = ["--model", model, *enact, "--coco_path", str(two_and_two), "--output_dir", str(folder), "--epochs", "1",
+             "--backbone_weights", "null", "--num_workers", "0", "--device", "cpu"]  # fmt: skip
+    assert command.main(flags) == 0
+    record = json.loads((folder / "log.txt").read_text())
+    assert 0 < record["train_loss"] < 1000
+    assert len(record["test_coco_eval_bbox"]) == 12
+
+
 def four_photographs(tiny_coco: Path, folder: Path) -> CocoDetection:
     """The four whose smallest object is largest."""
     annotations = json.loads((tiny_coco / "annotations" / "instances_train2017.json").read_text())
