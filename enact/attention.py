@@ -5,16 +5,15 @@ Shapes: B batch, L queries, N keys, T clusters, C channels, H heads, D channels 
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from enact.clustering import Clusters, cluster_keys, sign_change_regions, uniform_chunks
+from enact.clustering import Clusters
 from enact.information import Information
-
-Variant = Literal["paper", "official"]
+from enact.method import Variant, cluster_keys, method_of
 
 
 class EnactAttention(nn.MultiheadAttention):
@@ -24,11 +23,15 @@ class EnactAttention(nn.MultiheadAttention):
     `nn.MultiheadAttention`, plus `information.probability`, one linear layer from a key to a logit.
 
     Args:
-        embed_dim, num_heads, dropout, bias, batch_first, device, dtype: as in `nn.MultiheadAttention`.
-        smoothing_sigma: standard deviation, in tokens, of the Gaussian that smooths the information.
+        embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as in
+            `nn.MultiheadAttention`. The keys that `add_bias_kv` and `add_zero_attn` add are not clustered.
         variant: "paper": each image's runs of one curvature sign over its real tokens, then ordinary scaled
             attention with dropout. "official": the released code's arithmetic (spec 2.2 to 2.6): one chunk length for
-            the batch, padding not masked, logits unscaled, the result divided by D, no attention dropout.
+            the batch, padding not masked, logits unscaled, the result divided by D, no attention dropout. "plus":
+            clusters as in "paper", in which tokens weigh by their learned probability, and which count for their
+            share of it.
+        smoothing_sigma: standard deviation, in tokens, of the Gaussian that smooths the information.
+        choices: fields of `Method` to replace the variant's own: regions, pooling, cluster_bias, max_clusters, min_run.
 
     Source: arXiv 2409.07541; `variant` is explained in the README's table of deviations.
     """
@@ -39,39 +42,48 @@ class EnactAttention(nn.MultiheadAttention):
         num_heads: int,
         dropout: float = 0.0,
         bias: bool = True,
-        *,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
         batch_first: bool = False,
-        smoothing_sigma: float = 3.0,
-        variant: Variant = "paper",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        variant: Variant = "paper",
+        smoothing_sigma: float = 3.0,
+        **choices: Any,
     ) -> None:
-        if variant not in get_args(Variant):
-            raise ValueError(f"variant must be one of {', '.join(get_args(Variant))}, got {variant!r}")
-        super().__init__(embed_dim, num_heads, dropout, bias, batch_first=batch_first, device=device, dtype=dtype)
+        method = method_of(variant, **choices)
+        super().__init__(
+            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
+        )
+        self._packed = self._qkv_same_embed_dim
+        self._qkv_same_embed_dim = False  # torch's encoder layer would otherwise run a fused kernel in our place
         self.variant = variant
-        self.cluster = sign_change_regions if variant == "paper" else uniform_chunks
-        self.information = Information(embed_dim, smoothing_sigma, device=device, dtype=dtype)
+        self.method = method
+        self.information = Information(self.kdim, smoothing_sigma, device=device, dtype=dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw new parameters: DETR's initialisation (spec 6.1), or the released code's (spec 3.3, item 21)."""
+        self._qkv_same_embed_dim = self._packed
         self._reset_parameters()
+        self._qkv_same_embed_dim = False
         nn.init.xavier_uniform_(self.out_proj.weight)
-        nn.init.xavier_uniform_(self.information.probability.weight)
-        if self.variant == "official":
-            for projection in self.in_proj_weight.chunk(3):
-                nn.init.xavier_uniform_(projection)
-            for bias in (self.in_proj_bias, self.out_proj.bias):
-                if bias is not None:
-                    nn.init.uniform_(bias, -(self.embed_dim**-0.5), self.embed_dim**-0.5)
-        else:
-            nn.init.zeros_(self.information.probability.bias)
+        self.information.reset_parameters()
+        if self.variant != "official":
+            return
+        for projection in self._projections().weights:
+            nn.init.xavier_uniform_(projection)
+        for bias in (self.in_proj_bias, self.out_proj.bias, self.information.probability.bias):
+            if bias is not None:
+                nn.init.uniform_(bias, -(self.embed_dim**-0.5), self.embed_dim**-0.5)
 
     def clusters(self, key: Tensor, key_padding_mask: Tensor | None = None) -> Clusters:
-        """The clusters of `key` (B, N, C); `key_padding_mask` (B, N) bool, True where padded."""
+        """The clusters of `key` (B, N, kdim); `key_padding_mask` (B, N) bool, True where padded."""
         mask = None if self.variant == "official" else key_padding_mask
-        return cluster_keys(key, mask, self.information, self.cluster)
+        return cluster_keys(key, mask, self.information, self.method)
 
     def forward(  # type: ignore[override]
         self,
@@ -87,65 +99,150 @@ class EnactAttention(nn.MultiheadAttention):
         """Attend to the clusters of `key` and `value`.
 
         Args:
-            query: (B, L, C), or (L, B, C) without `batch_first`.
-            key, value: (B, N, C), or (N, B, C).
-            key_padding_mask: (B, N) bool, True where a key is padding and must not count.
+            query: (B, L, C), or (L, B, C) without `batch_first`, or (L, C) for one sequence.
+            key, value: (B, N, kdim) and (B, N, vdim), or (N, B, ...), or (N, ...).
+            key_padding_mask: (B, N) or (N,) bool, True where a key is padding and must not count; or a float mask
+                that is minus infinity there and 0 elsewhere, as `nn.TransformerEncoder` makes of a bool one.
             need_weights: also return the attention of each query to each key: its cluster's, times the key's
                 weight in the cluster. This stores the whole map; the result itself does not.
             attn_mask, is_causal: not supported, since a cluster holds many keys.
             average_attn_weights: average the map over the heads.
 
         Returns:
-            The result in the shape of `query`, and the map (B, L, N), (B, H, L, N) or None.
+            The result in the shape of `query`, and the map (B, L, N), (B, H, L, N) or None; without B for one
+            sequence. The keys that `add_bias_kv` and `add_zero_attn` add stand at the end of the map.
         """
         if attn_mask is not None or is_causal:
             raise ValueError("EnactAttention pools keys into clusters, so it cannot take attn_mask or is_causal")
-        if not self.batch_first:
-            query, key, value = (tensor.transpose(0, 1) for tensor in (query, key, value))
-        clusters = self.clusters(key, key_padding_mask)
-        heads = self._project(query, clusters.pool(key), clusters.pool(value))
-        mask = clusters.pad_mask()[:, None, None] if key_padding_mask is not None or len(query) > 1 else None
-        weights = self._token_weights(heads, mask, clusters) if need_weights else None
-        result = self.out_proj(self._attend(heads, mask))
+        single, batch_dim = query.dim() == 2, 0 if self.batch_first or query.dim() == 2 else 1
+        if single:
+            query, key, value = (tensor.unsqueeze(0) for tensor in (query, key, value))
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+        query, key, value = (tensor.movedim(batch_dim, 0) for tensor in (query, key, value))
+        result, weights = self._attend(query, key, value, _as_bool(key_padding_mask), need_weights)
         if weights is not None and average_attn_weights:
             weights = weights.mean(1)
-        return (result if self.batch_first else result.transpose(0, 1)), weights
+        if single:
+            return result.squeeze(0), None if weights is None else weights.squeeze(0)
+        return result.movedim(0, batch_dim), weights
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, need_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `forward`, batch first; the map for each head."""
+        clusters = self.clusters(key, key_padding_mask)
+        heads = self._with_extra_keys(self._project(query, clusters.pool(key), clusters.pool(value)))
+        bias = clusters.bias_with_extra(heads.key.shape[2])
+        official = self.variant == "official"
+        dropout = self.dropout if self.training and not official else 0.0
+        scale = 1.0 if official else self.head_dim**-0.5
+        attended = biased_attention(*heads, bias, dropout, scale)
+        if official:
+            attended = attended / self.head_dim
+        result = self.out_proj(attended.transpose(1, 2).flatten(2))
+        return result, self._token_weights(heads, bias, clusters, scale) if need_weights else None
+
+    def _projections(self) -> Projections:
+        packed = self.in_proj_weight
+        weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight) if packed is None else packed.chunk(3)
+        return Projections(weights, (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3))
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> Heads:
-        weights = self.in_proj_weight.chunk(3)
-        biases: Any = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         projected = (
             split_heads(F.linear(tokens, weight, bias), self.num_heads)
-            for tokens, weight, bias in zip((query, key, value), weights, biases, strict=True)
+            for tokens, weight, bias in zip((query, key, value), *self._projections(), strict=True)
         )
         return Heads(*projected)
 
-    def _attend(self, heads: Heads, mask: Tensor | None) -> Tensor:
-        """Heads -> (B, L, C); mask (B, 1, 1, T) True where there is no cluster."""
-        if self.variant == "official":
-            attended: Tensor = F.scaled_dot_product_attention(*heads, scale=1.0) / self.head_dim
-        else:
-            dropout = self.dropout if self.training else 0.0
-            attended = F.scaled_dot_product_attention(*heads, None if mask is None else ~mask, dropout)
-        return attended.transpose(1, 2).flatten(2)
+    def _with_extra_keys(self, heads: Heads) -> Heads:
+        """Append the learned key and the zero key that the constructor asked for."""
+        query, key, value = heads
+        if self.bias_k is not None and self.bias_v is not None:
+            bias_k, bias_v = (split_heads(bias.expand(len(query), -1, -1), self.num_heads)
+                              for bias in (self.bias_k, self.bias_v))
+            key, value = torch.cat([key, bias_k], 2), torch.cat([value, bias_v], 2)
+        if self.add_zero_attn:
+            key, value = F.pad(key, (0, 0, 0, 1)), F.pad(value, (0, 0, 0, 1))
+        return Heads(query, key, value)
 
-    def _token_weights(self, heads: Heads, mask: Tensor | None, clusters: Clusters) -> Tensor:
-        """(B, H, L, N): the attention to each token's cluster times the token's weight in it."""
-        official = self.variant == "official"
-        logits = heads.query @ heads.key.transpose(2, 3) * (1.0 if official else self.head_dim**-0.5)
-        if mask is not None:
-            logits = logits.masked_fill(mask, float("-inf"))
-        attention = logits.softmax(-1) / (self.head_dim if official else 1.0)  # (B, H, L, T)
+    def _token_weights(self, heads: Heads, bias: Tensor | None, clusters: Clusters, scale: float) -> Tensor:
+        """(B, H, L, N): the attention to each token's cluster times the token's weight in it; then the extra keys."""
+        logits = heads.query @ heads.key.transpose(2, 3) * scale
+        if bias is not None:
+            logits = logits + bias[:, None, None].to(logits.dtype)
+        attention = logits.softmax(-1) / (self.head_dim if self.variant == "official" else 1.0)
+        attention, extra = attention.tensor_split([clusters.num_clusters], dim=-1)
         attention = F.pad(attention, (0, 1))  # the slot of tokens that belong to no cluster
         index = clusters.index[:, None, None].expand(-1, *attention.shape[1:3], -1)
-        weights: Tensor = attention.gather(3, index) * clusters.weight[:, None, None]
-        return weights
+        return torch.cat([attention.gather(3, index) * clusters.weight[:, None, None].to(attention.dtype), extra], -1)
+
+
+def clustered_attention(
+    query: Tensor, key: Tensor, value: Tensor, clusters: Clusters, dropout: float = 0.0, scale: float | None = None
+) -> Tensor:
+    """Attend to clusters.
+
+    Args:
+        query: (B, H, L, D).
+        key, value: (B, H, T, D) of the clusters.
+        clusters: which clusters an image has, and what they count for.
+        dropout: rate on the attention weights.
+        scale: of the logits; None: D ** -0.5.
+
+    Returns:
+        (B, H, L, D).
+    """
+    return biased_attention(query, key, value, clusters.bias, dropout, scale or query.shape[-1] ** -0.5)
+
+
+def biased_attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, dropout: float, scale: float
+) -> Tensor:
+    """softmax(scale * query key^T + bias) value by a kernel that stores no map.
+
+    The bias is a channel of the keys, which the queries meet with a 1: a mask would shut out the fastest kernels, and
+    one that needs a gradient all of them. Values are padded likewise, since those kernels want one width.
+
+    Args:
+        query: (B, H, L, D).
+        key: (B, H, T, D).
+        value: (B, H, T, Dv), Dv at most the width of the keys.
+        bias: (B, T), or None.
+        dropout: rate on the weights.
+        scale: of the products.
+
+    Returns:
+        (B, H, L, Dv).
+    """
+    width = value.shape[-1]
+    if bias is not None:
+        unit = 1 if query.device.type == "cpu" else 8  # the GPU kernels want widths that 8 divides
+        spare = (unit - query.shape[-1] - 1) % unit
+        channel = (bias / scale).to(key.dtype)[:, None, :, None].expand(-1, key.shape[1], -1, -1)
+        query = F.pad(F.pad(query, (0, 1), value=1.0), (0, spare))
+        key = F.pad(torch.cat([key, channel], -1), (0, spare))
+    value = F.pad(value, (0, key.shape[-1] - width))
+    attended: Tensor = F.scaled_dot_product_attention(query, key, value, None, dropout, scale=scale)
+    return attended[..., :width]
 
 
 def split_heads(tokens: Tensor, num_heads: int) -> Tensor:
     """(B, ..., H * D) -> (B, H, ..., D)."""
-    heads: Tensor = tokens.view(*tokens.shape[:-1], num_heads, -1)
+    heads: Tensor = tokens.reshape(*tokens.shape[:-1], num_heads, -1)
     return heads.movedim(-2, 1)
+
+
+def _as_bool(key_padding_mask: Tensor | None) -> Tensor | None:
+    if key_padding_mask is None or key_padding_mask.dtype == torch.bool:
+        return key_padding_mask
+    return key_padding_mask == float("-inf")
+
+
+class Projections(NamedTuple):
+    """Weights (C, C), (C, kdim), (C, vdim) of query, key and value, and biases (C,) or None."""
+
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor | None, ...]
 
 
 class Heads(NamedTuple):

@@ -1,34 +1,66 @@
-"""Smoothed information -> clusters of consecutive tokens -> a pooling operator for any tensor of tokens.
+"""Clusters of tokens: which token belongs to which, what it weighs there, and how to pool any tensor of tokens.
 
-Shapes: B batch, N tokens, T clusters (of the image that has most), C channels.
+Shapes: B batch, N tokens, T clusters, C channels.
 
-Which token belongs to which cluster is decided under `no_grad`; how much it weighs there is differentiable.
+Nothing here waits for a GPU, and every shape follows from the shapes of the arguments: T is a budget, which images with
+fewer clusters do not use up. On a CPU, where reading a number costs nothing, T is then cut to what the batch needs; no
+result depends on that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from enact.information import Information, filter_tokens
+from enact.information import filter_tokens
+
+Regions = Literal["sign_change", "uniform", "random", "chunks", "image_chunks", "tokens"]
+
+# Added to the logit of a cluster that an image does not have: its weight is then exactly 0. Not an infinity, which
+# would make gradients NaN, and in the range of half precision when divided by a usual attention scale.
+ABSENT = -5000.0
+
+
+class Partition(NamedTuple):
+    """Which token belongs to which cluster.
+
+    index: (B, N) int64, the cluster of each token; `num_clusters` for a token that belongs to none.
+    count: (B,) int64, clusters of each image, at least 1.
+    num_clusters: T, at least the largest count.
+    full: every image is known to have T clusters.
+    """
+
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count
+    num_clusters: int
+    full: bool = False
+
+    def cut(self) -> Partition:
+        """T as small as this batch allows, where finding out is free: on a CPU, outside compilation."""
+        if self.index.device.type != "cpu" or torch.compiler.is_compiling():
+            return self
+        fewest, most = (int(bound) for bound in self.count.aminmax())
+        index = self.index.masked_fill(self.index == self.num_clusters, most)
+        return Partition(index, self.count, most, full=fewest == most)
 
 
 class Clusters(NamedTuple):
     """A partition of each image's tokens, with the weight of each token in its cluster.
 
-    index: (B, N) int64, the cluster of each token; `num_clusters` for a token that belongs to none.
+    index, count, num_clusters: as in `Partition`.
     weight: (B, N), sums to 1 within each cluster, 0 for a token that belongs to none.
-    count: (B,) int64, clusters of each image, at least 1.
-    num_clusters: T, the largest count.
+    bias: (B, T), to be added to the attention logits of each cluster: what the cluster counts for, and `ABSENT` for
+        one that the image does not have. None: nothing to add.
     """
 
     index: Tensor  # type: ignore[assignment]  # hides tuple.index
-    weight: Tensor
     count: Tensor  # type: ignore[assignment]  # hides tuple.count
     num_clusters: int
+    weight: Tensor
+    bias: Tensor | None
 
     def pool(self, tokens: Tensor) -> Tensor:
         """The weighted sum of the tokens of each cluster: (B, N, C) -> (B, T, C); 0 past an image's count."""
@@ -42,24 +74,75 @@ class Clusters(NamedTuple):
 
     def pad_mask(self) -> Tensor:
         """(B, T) bool, True where the image has no such cluster."""
-        return torch.arange(self.num_clusters, device=self.index.device) >= self.count.unsqueeze(1)
+        return beyond(self.count, self.num_clusters)
+
+    def bias_with_extra(self, keys: int) -> Tensor | None:
+        """The bias of `keys` keys, of which those past the clusters count as one token each."""
+        return self.bias if self.bias is None else F.pad(self.bias, (0, keys - self.num_clusters))
 
     def in_token_order(self, order: Tensor) -> Clusters:
-        """The same clusters for tokens that stood at `order` (B, N) before they were packed."""
+        """The same clusters for tokens that stood at `order` (B, N) before they were sorted."""
         return self._replace(
             index=torch.empty_like(self.index).scatter(1, order, self.index),
             weight=torch.empty_like(self.weight).scatter(1, order, self.weight),
         )
 
 
-def softmax_in_clusters(scores: Tensor, index: Tensor, num_clusters: int) -> Tensor:
-    """The softmax of `scores` (B, N) among the tokens that share a cluster; `index` as in `Clusters`."""
-    slots = (len(scores), num_clusters + 1)
+def beyond(count: Tensor, total: int) -> Tensor:
+    """(B,) -> (B, total) bool, True from `count` on."""
+    return torch.arange(total, device=count.device) >= count.unsqueeze(1)
+
+
+def log_mass(scores: Tensor, partition: Partition) -> Tensor:
+    """Log sum exp of the scores (B, N) of each cluster's tokens: (B, T + 1), the last for tokens of no cluster."""
+    slots = (len(scores), partition.num_clusters + 1)
     with torch.no_grad():
-        highest = scores.new_zeros(slots).scatter_reduce(1, index, scores, "amax", include_self=False)
-    mass = (scores - highest.gather(1, index)).exp()
-    total = mass.new_zeros(slots).scatter_add(1, index, mass)
-    return mass / total.gather(1, index) * (index < num_clusters)
+        highest = scores.new_zeros(slots).scatter_reduce(1, partition.index, scores, "amax", include_self=False)
+    mass = (scores - highest.gather(1, partition.index)).exp()
+    total = mass.new_zeros(slots).scatter_add(1, partition.index, mass)
+    return total.clamp(min=torch.finfo(total.dtype).tiny).log() + highest
+
+
+def softmax_in_clusters(scores: Tensor, partition: Partition) -> Tensor:
+    """The softmax of `scores` (B, N) among the tokens that share a cluster, 0 for a token that belongs to none."""
+    weight = (scores - log_mass(scores, partition).gather(1, partition.index)).exp()
+    return weight * (partition.index < partition.num_clusters)
+
+
+def partition_tokens(
+    regions: Regions, smoothed: Tensor, real: Tensor | None, limit: Tensor, max_clusters: int
+) -> Partition:
+    """Cut each image's token sequence into clusters of consecutive tokens.
+
+    Args:
+        regions: where to cut.
+            "sign_change": the paper's, at each change of the sign of the information's curvature (spec 1.2).
+            "uniform": as many as "sign_change" finds, of one length: the control that says what the places are worth.
+            "random": regions of the lengths that "sign_change" finds, in a shuffled order: another control.
+            "chunks": the released code's (spec 2.4, 2.5), of one length for the batch; `real` is ignored.
+            "image_chunks": the same with each image's own length.
+            "tokens": one cluster a token, which makes attention dense again.
+        smoothed: (B, N) smoothed information, an image's real tokens first; 0 at padding.
+        real: (B, N) bool, True for the real tokens; None: all.
+        limit: (B,) int64: neighbours are merged, evenly, in an image that has more clusters; not for "tokens".
+        max_clusters: T before it is cut, at least the largest limit.
+
+    Returns:
+        The partition, without gradient. All but the chunks cover every real token once.
+    """
+    with torch.no_grad():
+        if regions == "tokens":
+            return _one_per_token(smoothed, real).cut()
+        if regions in ("chunks", "image_chunks"):
+            found = _chunks(smoothed, whole_batch=regions == "chunks")
+        else:
+            found = _sign_change_regions(smoothed, real)
+        partition = _merge(found, limit, max_clusters)
+        if regions == "uniform":
+            partition = _same_length(partition, real)
+        elif regions == "random":
+            partition = _shuffled(partition)
+        return partition.cut()
 
 
 def curvature_sign(smoothed: Tensor) -> Tensor:
@@ -67,99 +150,75 @@ def curvature_sign(smoothed: Tensor) -> Tensor:
     return filter_tokens(smoothed, smoothed.new_tensor([-1.0, 2.0, -1.0])) > 0
 
 
-def sign_change_regions(smoothed: Tensor, real: Tensor | None = None) -> Clusters:
-    """The paper's clusters: maximal runs of tokens whose information bends the same way (spec 1.2).
-
-    Args:
-        smoothed: (B, N) smoothed information, an image's real tokens first; 0 at padding.
-        real: (B, N) bool, True for the real tokens; None: all.
-
-    Returns:
-        Clusters that cover every real token once.
-    """
-    with torch.no_grad():
-        bends_down = curvature_sign(smoothed)
-        starts = torch.zeros_like(bends_down)
-        starts[:, 1:] = bends_down[:, 1:] != bends_down[:, :-1]
-        if real is not None:
-            starts &= real
-        index = starts.cumsum(1)
-        count = index[:, -1] + 1
-        num_clusters = int(count.max())
-        if real is not None:
-            index = index.masked_fill(~real, num_clusters)
-    return Clusters(index, softmax_in_clusters(smoothed, index, num_clusters), count, num_clusters)
+def sign_changes(smoothed: Tensor) -> Tensor:
+    """(B, N) bool, True for a token whose curvature has another sign than that of the token before it."""
+    bends_down = curvature_sign(smoothed)
+    return torch.cat([torch.zeros_like(bends_down[:, :1]), bends_down[:, 1:] != bends_down[:, :-1]], dim=1)
 
 
-def uniform_chunks(smoothed: Tensor, real: Tensor | None = None) -> Clusters:
-    """The released code's clusters: chunks of one length for the whole batch (spec 2.4, 2.5).
-
-    The length is the mean run of one curvature sign, averaged over the batch and rounded to even; the tokens that
-    do not fill a chunk are left out at both ends. Padding counts as tokens, as in the released code: `real` is
-    accepted for the sake of one signature, and ignored.
-    """
-    with torch.no_grad():
-        length = mean_run(smoothed).mean().expand(len(smoothed))
-    return _chunks(smoothed, length)
+def _sign_change_regions(smoothed: Tensor, real: Tensor | None) -> Partition:
+    tokens = smoothed.shape[1]
+    starts = sign_changes(smoothed)
+    if real is not None:
+        starts = starts & real
+    index = starts.cumsum(1)
+    count = index[:, -1] + 1
+    return Partition(index if real is None else index.masked_fill(~real, tokens), count, tokens)
 
 
-def uniform_chunks_per_image(smoothed: Tensor, real: Tensor | None = None) -> Clusters:
-    """As `uniform_chunks`, with each image's own length: what the released code does to an image on its own."""
-    with torch.no_grad():
-        length = mean_run(smoothed)
-    return _chunks(smoothed, length)
+def _chunks(smoothed: Tensor, whole_batch: bool) -> Partition:
+    """Chunks of the mean run of one sign, rounded half to even; the tokens left over are split between both ends."""
+    tokens = smoothed.shape[1]
+    length = mean_run(smoothed)
+    if whole_batch:
+        length = length.mean().expand(len(smoothed))
+    length = length.round().long().unsqueeze(1)  # (B, 1)
+    count = tokens // length
+    position = torch.arange(tokens, device=smoothed.device) - tokens % length // 2  # (B, N)
+    kept = (position >= 0) & (position < count * length)
+    return Partition(torch.where(kept, position // length, tokens), count.squeeze(1), tokens)
 
 
 def mean_run(smoothed: Tensor) -> Tensor:
     """The mean length, in tokens, of an image's runs of one curvature sign: (B, N) -> (B,) float64."""
-    bends_down = curvature_sign(smoothed)
-    runs = 1 + (bends_down[:, 1:] != bends_down[:, :-1]).sum(1)
+    runs = 1 + sign_changes(smoothed).sum(1)
     return (smoothed.shape[1] / runs).double()
 
 
-def _chunks(smoothed: Tensor, length: Tensor) -> Clusters:
-    """Chunks of `length` (B,) tokens, rounded half to even; the tokens left over are split between both ends."""
-    tokens = smoothed.shape[1]
-    with torch.no_grad():
-        length = length.round().long().unsqueeze(1)  # (B, 1)
-        count = tokens // length
-        num_clusters = int(count.max())
-        position = torch.arange(tokens, device=smoothed.device) - tokens % length // 2  # (B, N)
-        kept = (position >= 0) & (position < count * length)
-        index = torch.where(kept, position // length, num_clusters)
-    return Clusters(index, softmax_in_clusters(smoothed, index, num_clusters), count.squeeze(1), num_clusters)
-
-
-def one_per_token(smoothed: Tensor, real: Tensor | None = None) -> Clusters:
-    """No clustering, as a value: every token is a cluster, and ENACT attention is dense attention."""
+def _one_per_token(smoothed: Tensor, real: Tensor | None) -> Partition:
     batch, tokens = smoothed.shape
     index = torch.arange(tokens, device=smoothed.device).expand(batch, -1)
-    count = index.new_full((batch,), tokens)
-    if real is not None:
-        count = real.sum(1).clamp(min=1)
-        index = index.masked_fill(~real, tokens)
-    return Clusters(index, (index < tokens).to(smoothed.dtype), count, tokens)
+    if real is None:
+        return Partition(index, index.new_full((batch,), tokens), tokens)
+    return Partition(index.masked_fill(~real, tokens), real.sum(1).clamp(min=1), tokens)
 
 
-# Smoothed information (B, N) and which tokens are real (B, N), or None -> clusters.
-Clustering = Callable[[Tensor, Tensor | None], Clusters]
+def _merge(partition: Partition, limit: Tensor, max_clusters: int) -> Partition:
+    """Merge neighbours where an image has more than `limit` clusters, as evenly as whole clusters can be."""
+    none = partition.index == partition.num_clusters
+    count = partition.count.minimum(limit)
+    index = partition.index * count.unsqueeze(1) // partition.count.unsqueeze(1)
+    return Partition(index.masked_fill(none, max_clusters), count, max_clusters)
 
 
-def cluster_keys(
-    keys: Tensor, key_padding_mask: Tensor | None, information: Information, clustering: Clustering
-) -> Clusters:
-    """The clusters of an image's keys, as if padding were not there.
+def _same_length(partition: Partition, real: Tensor | None) -> Partition:
+    """As many clusters, whose lengths differ by a token at most."""
+    index, count, slots, _ = partition
+    tokens = torch.arange(index.shape[1], device=index.device)
+    if real is None:
+        return partition._replace(index=tokens * count.unsqueeze(1) // index.shape[1])
+    even = tokens * count.unsqueeze(1) // real.sum(1, keepdim=True).clamp(min=1)
+    return partition._replace(index=torch.where(real, even, slots))
 
-    Args:
-        keys: (B, N, C).
-        key_padding_mask: (B, N) bool, True where padded, wherever that is; None: every token counts as real.
-        information: from keys to smoothed information.
-        clustering: from smoothed information to clusters.
-    """
-    logits = information.logits(keys)
-    if key_padding_mask is None:
-        return clustering(information(logits), None)
-    order = key_padding_mask.to(torch.uint8).argsort(dim=1, stable=True)  # real tokens first, in raster order
-    real = ~key_padding_mask.gather(1, order)
-    smoothed = information(logits.gather(1, order), real)
-    return clustering(smoothed, real).in_token_order(order)
+
+def _shuffled(partition: Partition) -> Partition:
+    """The same lengths in another order, the same one for every batch."""
+    index, count, slots, _ = partition
+    position = torch.arange(slots, device=index.device)
+    lottery = (torch.sin(12.9898 * (position + 1.0)) * 43758.5453).frac()
+    lottery = torch.where(beyond(count, slots), 2.0, lottery)  # clusters that an image does not have stay last
+    lengths = torch.zeros(len(index), slots + 1, dtype=torch.long, device=index.device)
+    lengths = lengths.scatter_add(1, index, torch.ones_like(index))[:, :slots].gather(1, lottery.argsort(1))
+    tokens = torch.arange(index.shape[1], device=index.device).expand(len(index), -1).contiguous()
+    shuffled = torch.searchsorted(lengths.cumsum(1), tokens, right=True)
+    return partition._replace(index=torch.where(index == slots, slots, shuffled))

@@ -81,6 +81,11 @@ class Information(nn.Module):
         self.probability = nn.Linear(embed_dim, 1, device=device, dtype=dtype)
         self.register_buffer("gaussian", gaussian_taps(smoothing_sigma).to(device), persistent=False)
 
+    def reset_parameters(self) -> None:
+        """Xavier, as the released code (spec 3.3, item 21)."""
+        nn.init.xavier_uniform_(self.probability.weight)
+        nn.init.zeros_(self.probability.bias)
+
     def logits(self, keys: Tensor) -> Tensor:
         """Keys (B, N, C) -> the logit of each token's probability (B, N), float32 or float64."""
         dtype = torch.promote_types(self.probability.weight.dtype, torch.float32)

@@ -6,19 +6,26 @@ Shapes: B batch, H x W cells, N = H * W of them in raster order, T clusters, C c
 
 from __future__ import annotations
 
-from typing import NamedTuple, get_args
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from enact.attention import Variant, split_heads
-from enact.clustering import Clusters, cluster_keys, sign_change_regions, uniform_chunks_per_image
+from enact.attention import biased_attention, split_heads
+from enact.clustering import Clusters
 from enact.information import Information
+from enact.method import Variant, cluster_keys, method_of
 
 # Which fifth of the packed projection serves the row query, column query, row key, column key and value. The
 # released code hands the pooled keys to the fifths that Anchor DETR trains for queries (spec 3.1, item 8).
-SLICES: dict[Variant, tuple[int, int, int, int, int]] = {"paper": (0, 1, 2, 3, 4), "official": (2, 3, 0, 1, 4)}
+SLICES = {"paper": (0, 1, 2, 3, 4), "official": (2, 3, 0, 1, 4), "plus": (0, 1, 2, 3, 4)}
+
+
+# (height, width, device) -> (height * width,) int64, the place of each cell.
+TokenOrder = Callable[[int, int, torch.device], Tensor]
 
 
 class EnactRowColumnAttention(nn.Module):
@@ -47,6 +54,9 @@ class EnactRowColumnAttention(nn.Module):
             product left unnormalised, so that the weights of a query sum to about 1/T at the start; queries and keys
             in each other's slice of the packed projection. It departs in what a larger batch gets: no image's rows go
             to another (spec 3.1, item 1), and each image has its own chunk length.
+            "plus": as "paper", with tokens and clusters that weigh by their learned probability.
+        token_order: (height, width, device) -> the place of each cell in the sequence that is cut; None: row by row.
+        choices: as in `EnactAttention`.
 
     Source: arXiv 2409.07541; spec 2.6; `variant` is explained in the README's table of deviations.
     """
@@ -59,17 +69,20 @@ class EnactRowColumnAttention(nn.Module):
         *,
         smoothing_sigma: float = 5.0,
         variant: Variant = "paper",
+        token_order: TokenOrder | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **choices: Any,
     ) -> None:
-        if variant not in get_args(Variant):
-            raise ValueError(f"variant must be one of {', '.join(get_args(Variant))}, got {variant!r}")
         super().__init__()
         self.num_heads = num_heads
         self.head_dim = embed_dim // num_heads
         self.dropout = dropout
         self.variant = variant
-        self.cluster = sign_change_regions if variant == "paper" else uniform_chunks_per_image
+        self.method = method_of(variant, **choices)
+        if variant == "official":
+            self.method = replace(self.method, regions="image_chunks")
+        self.token_order = token_order
         self.information = Information(embed_dim, smoothing_sigma, device=device, dtype=dtype)
         self.in_proj_weight = nn.Parameter(torch.empty(5 * embed_dim, embed_dim, device=device, dtype=dtype))
         self.in_proj_bias = nn.Parameter(torch.empty(5 * embed_dim, device=device, dtype=dtype))
@@ -88,7 +101,9 @@ class EnactRowColumnAttention(nn.Module):
         """The clusters of the cells: `key_row` (B, H, W, C); `key_padding_mask` (B, H, W) bool, True where padded."""
         if key_padding_mask is not None:
             key_padding_mask = None if self.variant == "official" else key_padding_mask.flatten(1)
-        return cluster_keys(key_row.flatten(1, 2), key_padding_mask, self.information, self.cluster)
+        height, width = key_row.shape[1:3]
+        rank = None if self.token_order is None else self.token_order(height, width, key_row.device)
+        return cluster_keys(key_row.flatten(1, 2), key_padding_mask, self.information, self.method, rank)
 
     def forward(
         self,
@@ -113,8 +128,7 @@ class EnactRowColumnAttention(nn.Module):
         if self.variant == "official":
             query_row, query_col = query_row.mean(1, keepdim=True), query_col.mean(2, keepdim=True)
         heads = self._project(query_row, query_col, *pooled)
-        mask = clusters.pad_mask()[:, None, None] if len(value) > 1 else None  # an image alone has all T clusters
-        attended = self._attend(heads, mask)  # (B, h, N, D)
+        attended = self._attend(heads, clusters.bias)  # (B, h, N, D)
         result: Tensor = self.out_proj(attended.transpose(1, 2).flatten(2))
         return result.view_as(value)
 
@@ -125,30 +139,26 @@ class EnactRowColumnAttention(nn.Module):
             for tokens, fifth in zip(inputs, SLICES[self.variant], strict=True)
         ))
 
-    def _attend(self, heads: Heads, mask: Tensor | None) -> Tensor:
-        """Heads -> (B, h, N, D); mask (B, 1, 1, T) True where there is no cluster."""
+    def _attend(self, heads: Heads, bias: Tensor | None) -> Tensor:
+        """Heads -> (B, h, N, D); bias (B, T) of the clusters, or None."""
         height, width = heads.query_col.shape[2], heads.query_row.shape[3]
         queries = (query.expand(-1, -1, height, width, -1) for query in (heads.query_row, heads.query_col))
         query = torch.cat(tuple(queries), -1).flatten(2, 3)  # (B, h, N, 2 D)
         key = torch.cat((heads.key_row, heads.key_col), -1)  # (B, h, T, 2 D)
-        # The kernels that store no map want values as wide as keys; the zeros cost less than a map.
-        value = F.pad(heads.value, (0, self.head_dim))
         dropout = self.dropout if self.training else 0.0
-        allowed = None if mask is None else ~mask
-        attended = F.scaled_dot_product_attention(query, key, value, allowed, dropout, scale=self.head_dim**-0.5)
-        attended = attended[..., : self.head_dim]
-        return attended * self._mass(heads, mask) if self.variant == "official" else attended
+        attended = biased_attention(query, key, heads.value, bias, dropout, self.head_dim**-0.5)
+        return attended * self._mass(heads, bias) if self.variant == "official" else attended
 
-    def _mass(self, heads: Heads, mask: Tensor | None) -> Tensor:
+    def _mass(self, heads: Heads, bias: Tensor | None) -> Tensor:
         """What the product of the two distributions sums to for each cell, (B, h, N, 1); arguments as `_attend`."""
-        over_row = self._distribution(heads.query_row, heads.key_row, mask)  # (B, h, W, T)
-        over_col = self._distribution(heads.query_col, heads.key_col, mask)  # (B, h, H, T)
+        over_row = self._distribution(heads.query_row, heads.key_row, bias)  # (B, h, W, T)
+        over_col = self._distribution(heads.query_col, heads.key_col, bias)  # (B, h, H, T)
         mass: Tensor = over_col @ over_row.transpose(2, 3)  # (B, h, H, W)
         return mass.flatten(2).unsqueeze(-1)
 
-    def _distribution(self, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
+    def _distribution(self, query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
         logits: Tensor = query.flatten(2, 3) @ key.transpose(2, 3) * self.head_dim**-0.5
-        return (logits if mask is None else logits.masked_fill(mask, float("-inf"))).softmax(-1)
+        return (logits if bias is None else logits + bias[:, None, None].to(logits.dtype)).softmax(-1)
 
 
 class Heads(NamedTuple):

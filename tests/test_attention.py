@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from enact import EnactAttention
-from enact.clustering import one_per_token
+from enact.method import Method
 
 
 def make_attention(variant: str = "paper", **options: object) -> EnactAttention:
@@ -29,7 +29,7 @@ def test_one_cluster_per_token_is_dense_attention() -> None:
     dense = nn.MultiheadAttention(32, 4, batch_first=True)
     attention = make_attention()
     attention.load_state_dict(dense.state_dict(), strict=False)
-    attention.cluster = one_per_token
+    attention.method = Method(regions="tokens")
     query, key, value = torch.randn(2, 9, 32), torch.randn(2, 21, 32), torch.randn(2, 21, 32)
     mask = torch.arange(21) >= torch.tensor([[21], [13]])
     for key_padding_mask in (None, mask):

@@ -13,7 +13,8 @@ from test_models import SMALL, batch_of
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from enact.clustering import one_per_token
+from enact import EnactAttention, EnactRowColumnAttention
+from enact.method import Method
 from models import build_model, load_weights, warm_start
 from models.checkpoints import from_published, to_published
 
@@ -104,8 +105,8 @@ def test_a_dense_checkpoint_starts_enact(name: str, enact: str) -> None:
 
 def cluster_nothing(model: nn.Module) -> None:
     for module in model.modules():
-        if hasattr(module, "cluster"):
-            module.cluster = one_per_token
+        if isinstance(module, EnactAttention | EnactRowColumnAttention):
+            module.method = Method(regions="tokens")
 
 
 def outputs_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

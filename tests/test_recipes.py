@@ -12,7 +12,7 @@ from configs.cli import parse_args
 from configs.schema import CONFIG_DIR, Config, recipe
 from models import build_criterion_from, build_model_from, build_postprocessor
 
-ROWS = sorted(path for path in CONFIG_DIR.glob("*.yaml") if path.stem != "shapes")
+ROWS = sorted(path for path in CONFIG_DIR.glob("*.yaml") if not path.stem.startswith("shapes"))
 
 
 def command_of(row: Path) -> list[str]:
