@@ -106,7 +106,7 @@ class Run:
         loader = self.loader(self.train_set, batches)
         model = self.model
         if distributed.is_active():
-            model = DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
+            model = DistributedDataParallel(model)  # without device_ids, for masks are to stay in host memory
         curves = Curves(self.folder)
         self.evaluate_if_due(curves)  # of a run that stopped in between
         with self.progress(len(batches)) as bar:
@@ -291,7 +291,7 @@ def checkpoint_to_resume(config: Config) -> Path | None:
 
 
 def default_folder(config: Config) -> Path:
-    variant = {None: "", "paper": "_enact", "official": "_enact_official"}[config.enact]
+    variant = {None: "", "paper": "_enact"}.get(config.enact, f"_enact_{config.enact}")
     return Path(config.output_dir or f"outputs/{config.model}{variant}")
 
 

@@ -15,7 +15,7 @@ import yaml
 
 CONFIG_DIR = Path(__file__).parent
 ModelName = Literal["detr", "conditional_detr", "anchor_detr"]
-EnactVariant = Literal["paper", "official"]
+EnactVariant = Literal["paper", "official", "plus"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,16 @@ class Config:
     """None: dense encoder; --enact alone: paper."""
     smoothing_sigma: float = 3.0
     """Standard deviation, in tokens, of the filter on the information."""
+    max_clusters: int | None = None
+    """The most clusters of an image and layer, neighbours merged beyond; None: one for 4 tokens (official: 2)."""
+    regions: Literal["sign_change", "uniform", "random", "chunks", "image_chunks", "tokens"] | None = None
+    """Where the tokens are cut into clusters; None: as the variant of ENACT has it, here and below."""
+    pooling: Literal["information", "scaled_information", "probability", "mean"] | None = None
+    """What a token weighs in its cluster."""
+    cluster_bias: Literal["none", "size", "mass"] | None = None
+    """What a cluster counts for in the attention: as one key, its tokens, or its share of the probability."""
+    token_order: Literal["raster", "serpentine", "windows", "hilbert"] = "raster"
+    """The order of the tokens that is cut into clusters."""
 
     # Architecture
     backbone: Literal["resnet10", "resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"
@@ -113,7 +123,7 @@ class Config:
     device: str = "auto"
     """Auto: cuda where there is one, else cpu."""
     output_dir: str | None = None
-    """None: outputs/MODEL, outputs/MODEL_enact or outputs/MODEL_enact_official."""
+    """None: outputs/MODEL, outputs/MODEL_enact, outputs/MODEL_enact_official or outputs/MODEL_enact_plus."""
     resume: str | None = None
     """A checkpoint, or auto: the newest one of output_dir, if any."""
     eval: bool = False

@@ -152,10 +152,12 @@ class Batch(NamedTuple):
     targets: list[Target]
 
     def to(self, device: torch.device | str) -> Batch:
-        """The batch on `device`; from pinned memory the copy overlaps with computation."""
+        """The batch on `device`, `pad_mask` left in host memory: a detector plans with it, without asking the device.
+
+        From pinned memory the copy overlaps with computation.
+        """
         targets = [{name: value.to(device, non_blocking=True) for name, value in t.items()} for t in self.targets]
-        images, pad_mask = (tensor.to(device, non_blocking=True) for tensor in (self.images, self.pad_mask))
-        return Batch(images, pad_mask, targets)
+        return Batch(self.images.to(device, non_blocking=True), self.pad_mask, targets)
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory."""

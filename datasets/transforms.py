@@ -114,7 +114,7 @@ def normalize(images: Tensor, pad_mask: Tensor) -> Tensor:
 
     Args:
         images: uint8 (B,3,H,W), RGB in 0..255.
-        pad_mask: bool (B,H,W), True where padded.
+        pad_mask: bool (B,H,W), True where padded; on any device.
 
     Returns:
         float32 (B,3,H,W), exactly zero where padded.
@@ -123,7 +123,7 @@ def normalize(images: Tensor, pad_mask: Tensor) -> Tensor:
     # Channel by channel with plain numbers: a tensor of statistics would be a blocking copy to the device each batch.
     for channel, (mean, std) in enumerate(zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)):
         normalized[:, channel].sub_(mean).div_(std)
-    return normalized.masked_fill_(pad_mask.unsqueeze(1), 0)
+    return normalized.masked_fill_(pad_mask.to(images.device, non_blocking=True).unsqueeze(1), 0)
 
 
 def _uniform_integer(low: int, high: int) -> int:

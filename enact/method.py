@@ -86,7 +86,7 @@ def method_of(variant: Variant, **choices: Any) -> Method:
 
 
 def cluster_keys(
-    keys: Tensor, key_padding_mask: Tensor | None, information: Information, method: Method, rank: Tensor | None = None
+    keys: Tensor, key_padding_mask: Tensor | None, information: Information, method: Method, place: Tensor | None = None
 ) -> Clusters:
     """The clusters of an image's keys, as if padding were not there.
 
@@ -95,20 +95,20 @@ def cluster_keys(
         key_padding_mask: (B, N) bool, True where padded, wherever that is; None: every token counts as real.
         information: from keys to smoothed information.
         method: from information to clusters.
-        rank: (N,) int64, the place of each token in the sequence that is cut; None: as they stand.
+        place: (N,) int64, the place of each token in the sequence that is cut, gaps allowed; None: as they stand.
 
     Returns:
         The clusters, differentiable in their weights and bias.
     """
     logits = information.logits(keys)
-    if key_padding_mask is None and rank is None:
+    if key_padding_mask is None and place is None:
         return form_clusters(logits, information, method)
     tokens = keys.shape[1]
-    place = torch.arange(tokens, device=keys.device) if rank is None else rank
+    place = torch.arange(tokens, device=keys.device) if place is None else place
     if key_padding_mask is None:
         order, real = place.argsort().expand(len(keys), -1), None
     else:
-        order = (place + key_padding_mask * tokens).argsort(1)  # real tokens first
+        order = (place + key_padding_mask * (place.max() + 1)).argsort(1)  # real tokens first
         real = ~key_padding_mask.gather(1, order)
     return form_clusters(logits.gather(1, order), information, method, real).in_token_order(order)
 
@@ -131,8 +131,8 @@ def form_clusters(logits: Tensor, information: Information, method: Method, real
     """Logits (B, N) of the probability of a sequence's tokens, real ones (B, N) first -> its clusters."""
     tokens = _Tokens(logits, information(logits, real), real)
     largest = logits.shape[1]
-    counted = tokens.lengths() if method.regions not in ("chunks", "image_chunks") else tokens._replace(real=None).lengths()
-    limit = torch.zeros_like(counted) + method.budget(counted)
+    lengths = tokens.lengths()
+    limit = torch.zeros_like(lengths) + method.budget(lengths)
     partition = partition_tokens(method.regions, tokens.smoothed, real, limit.squeeze(1), method.budget(largest))
     weight = softmax_in_clusters(_pooling_scores(tokens, method.pooling), partition)
     bias = _bias(tokens, method.cluster_bias, partition)

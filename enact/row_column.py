@@ -6,7 +6,6 @@ Shapes: B batch, H x W cells, N = H * W of them in raster order, T clusters, C c
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -18,14 +17,11 @@ from enact.attention import biased_attention, split_heads
 from enact.clustering import Clusters
 from enact.information import Information
 from enact.method import Variant, cluster_keys, method_of
+from enact.order import TokenOrder
 
 # Which fifth of the packed projection serves the row query, column query, row key, column key and value. The
 # released code hands the pooled keys to the fifths that Anchor DETR trains for queries (spec 3.1, item 8).
 SLICES = {"paper": (0, 1, 2, 3, 4), "official": (2, 3, 0, 1, 4), "plus": (0, 1, 2, 3, 4)}
-
-
-# (height, width, device) -> (height * width,) int64, the place of each cell.
-TokenOrder = Callable[[int, int, torch.device], Tensor]
 
 
 class EnactRowColumnAttention(nn.Module):
@@ -55,7 +51,7 @@ class EnactRowColumnAttention(nn.Module):
             in each other's slice of the packed projection. It departs in what a larger batch gets: no image's rows go
             to another (spec 3.1, item 1), and each image has its own chunk length.
             "plus": as "paper", with tokens and clusters that weigh by their learned probability.
-        token_order: (height, width, device) -> the place of each cell in the sequence that is cut; None: row by row.
+        token_order: the order in which cells form the sequence that is cut; None: row by row.
         choices: as in `EnactAttention`.
 
     Source: arXiv 2409.07541; spec 2.6; `variant` is explained in the README's table of deviations.
@@ -102,8 +98,8 @@ class EnactRowColumnAttention(nn.Module):
         if key_padding_mask is not None:
             key_padding_mask = None if self.variant == "official" else key_padding_mask.flatten(1)
         height, width = key_row.shape[1:3]
-        rank = None if self.token_order is None else self.token_order(height, width, key_row.device)
-        return cluster_keys(key_row.flatten(1, 2), key_padding_mask, self.information, self.method, rank)
+        place = None if self.token_order is None else self.token_order(height, width, key_row.device)
+        return cluster_keys(key_row.flatten(1, 2), key_padding_mask, self.information, self.method, place)
 
     def forward(
         self,

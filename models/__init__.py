@@ -17,6 +17,7 @@ from torch import nn
 
 from configs.schema import Config, recipe
 from enact import EnactAttention, EnactRowColumnAttention
+from enact.order import token_order
 from models.anchor_detr import AnchorDecoder, AnchorDetr, RowColumnAttention, RowColumnEncoder
 from models.backbone import Backbone
 from models.checkpoints import load_weights, warm_start
@@ -84,7 +85,14 @@ def _num_classes(config: Config) -> int:
 
 
 def _enact_options(config: Config) -> dict[str, Any]:
-    return {"smoothing_sigma": config.smoothing_sigma, "variant": config.enact}
+    return {
+        "smoothing_sigma": config.smoothing_sigma,
+        "variant": config.enact,
+        "regions": config.regions,
+        "pooling": config.pooling,
+        "cluster_bias": config.cluster_bias,
+        "max_clusters": config.max_clusters,
+    }
 
 
 def _self_attention(config: Config) -> Callable[[], nn.Module]:
@@ -99,7 +107,8 @@ def _row_column_self_attention(config: Config) -> Callable[[], nn.Module]:
     """As `_self_attention`, for Anchor DETR."""
     make: Callable[..., nn.Module] = RowColumnAttention
     if config.enact is not None:
-        make = partial(EnactRowColumnAttention, **_enact_options(config))
+        order = token_order(config.token_order)
+        make = partial(EnactRowColumnAttention, token_order=order, **_enact_options(config))
     return partial(make, config.hidden_dim, config.nheads, config.dropout)
 
 
@@ -155,6 +164,7 @@ def _common_options(config: Config) -> dict[str, Any]:
         "embed_dim": config.hidden_dim,
         "aux_loss": config.aux_loss,
         "skip_padding": config.enact != "official",
+        "token_order": token_order(config.token_order),
     }
 
 

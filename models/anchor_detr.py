@@ -323,7 +323,7 @@ class AnchorDetr(nn.Module):
             padding; and "aux_outputs", the same two for each earlier decoder layer.
         """
         features = self.backbone(images)
-        pad_mask = feature_pad_mask(pad_mask, features)
+        pad_mask = feature_pad_mask(pad_mask, features).to(features.device, non_blocking=True)
         pos_row, pos_col = self._map_position(pad_mask)
         x = self.input_proj(features).permute(0, 2, 3, 1)
         x = self.encoder(x, pos_row, pos_col, pad_mask)

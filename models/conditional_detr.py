@@ -5,6 +5,8 @@ Shapes: B images, N tokens, Q queries, C channels, H heads, D channels a head, K
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -164,7 +166,7 @@ class ConditionalDetr(Detr):
     """Conditional DETR: boxes are offsets from each query's reference point, classes are scored one by one.
 
     Args:
-        backbone, position_embedding, encoder, num_queries, embed_dim, aux_loss, skip_padding: as in `Detr`.
+        backbone, position_embedding, encoder, num_queries, embed_dim, aux_loss, options: as in `Detr`.
         decoder: (query_pos, memory, position, pad_mask) -> states of each layer, reference points.
         num_classes: K, the largest category id + 1; the logits are for a sigmoid, so that no class is "no object".
     """
@@ -182,7 +184,7 @@ class ConditionalDetr(Detr):
         num_queries: int = 300,
         embed_dim: int = 256,
         aux_loss: bool = True,
-        skip_padding: bool = True,
+        **options: Any,
     ) -> None:
         super().__init__(
             backbone,
@@ -193,7 +195,7 @@ class ConditionalDetr(Detr):
             num_queries=num_queries,
             embed_dim=embed_dim,
             aux_loss=aux_loss,
-            skip_padding=skip_padding,
+            **options,
         )
         start_at_anchors(self.class_embed, self.bbox_embed)
 

@@ -5,12 +5,14 @@ Shapes: B images, N tokens, Q queries, C channels, K classes, L decoder layers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from models.backbone import Backbone
 from models.encoder import Encoder
-from models.layers import MLP, collect_outputs, drop_padding, feature_pad_mask, xavier_matrices
+from models.layers import MLP, collect_outputs, drop_padding, feature_pad_mask, most_real_tokens, xavier_matrices
 
 
 class DecoderLayer(nn.Module):
@@ -74,6 +76,8 @@ class Detr(nn.Module):
         aux_loss: return the predictions of the earlier decoder layers too.
         skip_padding: compute on real tokens only. False feeds the encoder the padded map, as published, which
             changes the result only where the encoder's attention does not mask padding ("official" ENACT).
+        token_order: (h, w, device) -> (h * w,) int64, the order in which the encoder gets the cells; None: row by row.
+            It matters to attention that clusters neighbours.
     """
 
     def __init__(
@@ -88,11 +92,13 @@ class Detr(nn.Module):
         embed_dim: int = 256,
         aux_loss: bool = True,
         skip_padding: bool = True,
+        token_order: Callable[[int, int, torch.device], Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.num_queries = num_queries
         self.aux_loss = aux_loss
         self.skip_padding = skip_padding
+        self.token_order = token_order
         self.backbone = backbone
         self.position_embedding = position_embedding
         self.input_proj = nn.Conv2d(backbone.num_channels, embed_dim, kernel_size=1)
@@ -108,7 +114,8 @@ class Detr(nn.Module):
 
         Args:
             images: float (B, 3, H, W), normalised, zero where padded.
-            pad_mask: bool (B, H, W), True where padded.
+            pad_mask: bool (B, H, W), True where padded; in host memory even for a GPU, so that what follows from it
+                (how many tokens are real) is known without waiting.
 
         Returns:
             "pred_logits" (B, Q, K), "pred_boxes" (B, Q, 4) cxcywh in [0, 1] of the image without padding, and
@@ -122,10 +129,14 @@ class Detr(nn.Module):
     def encode(self, images: Tensor, pad_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Images and pad_mask as in `forward` -> memory (B, N, C), its position (B, N, C), its pad_mask (B, N)."""
         features = self.backbone(images)
-        pad_mask = feature_pad_mask(pad_mask, features)
-        position = self.position_embedding(pad_mask).flatten(1, 2)
+        cells = feature_pad_mask(pad_mask, features)
+        longest = most_real_tokens(cells)
+        cells = cells.to(features.device, non_blocking=True)
+        position = self.position_embedding(cells).flatten(1, 2)
         tokens = self.input_proj(features).flatten(2).transpose(1, 2)
-        pad_mask = pad_mask.flatten(1)
+        padded = cells.flatten(1)
         if self.skip_padding:
-            tokens, position, pad_mask = drop_padding(tokens, position, pad_mask)
-        return self.encoder(tokens, position, pad_mask), position, pad_mask
+            height, width = cells.shape[1:]
+            place = None if self.token_order is None else self.token_order(height, width, features.device)
+            tokens, position, padded = drop_padding(tokens, position, padded, longest, place)
+        return self.encoder(tokens, position, padded), position, padded

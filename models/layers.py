@@ -61,24 +61,48 @@ def start_at_anchors(class_embed: nn.Linear, bbox_embed: MLP, prior: float = 0.0
 
 
 def feature_pad_mask(pad_mask: Tensor, features: Tensor) -> Tensor:
-    """The mask of a feature map's cells: pad_mask (B, H, W) bool, features (B, C, h, w) -> (B, h, w) bool."""
-    return F.interpolate(pad_mask[:, None].float(), size=features.shape[-2:]).squeeze(1).bool()
+    """The mask of a feature map's cells, by nearest interpolation.
+
+    pad_mask (B, H, W) bool on any device, features (B, C, h, w) -> (B, h, w) bool on the device of the mask.
+    """
+    for axis, cells in ((1, features.shape[-2]), (2, features.shape[-1])):
+        pixels = torch.arange(pad_mask.shape[axis], dtype=torch.float32, device=pad_mask.device)
+        nearest = F.interpolate(pixels[None, None], size=cells)[0, 0].long()
+        pad_mask = pad_mask.index_select(axis, nearest)
+    return pad_mask
 
 
-def drop_padding(tokens: Tensor, position: Tensor, pad_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Keep the real tokens, in their order; an image with fewer than another is padded behind its last one.
+def most_real_tokens(pad_mask: Tensor) -> int:
+    """Of any image of pad_mask (B, h, w); all cells where finding out would wait for a GPU or is not to be compiled in.
+
+    The result of a detector does not depend on it, its cost does: give the detector a mask in host memory.
+    """
+    if pad_mask.device.type != "cpu" or torch.compiler.is_compiling():
+        return pad_mask.shape[1] * pad_mask.shape[2]
+    return int((~pad_mask).sum((1, 2)).max())
+
+
+def drop_padding(
+    tokens: Tensor, position: Tensor, pad_mask: Tensor, longest: int, place: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keep the real tokens; an image with fewer than another is padded behind its last one.
 
     With images of many shapes a third of a batch's cells is padding, and most of that is gone afterwards.
 
     Args:
         tokens, position: (B, N, C).
         pad_mask: (B, N) bool, True where padded.
+        longest: the largest number of real tokens of an image; N keeps all.
+        place: (N,) int64, the order to put the tokens in; None: as they stand.
 
     Returns:
-        The three with N reduced to the largest number of real tokens of an image.
+        The three with N reduced to `longest`.
     """
-    longest = int((~pad_mask).sum(1).max())
-    order = pad_mask.to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]
+    count = tokens.shape[1]
+    if longest == count and place is None:
+        return tokens, position, pad_mask
+    place = torch.arange(count, device=tokens.device) if place is None else place
+    order = (place + pad_mask * (place.max() + 1)).argsort(1)[:, :longest]
     rows = order.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
     return tokens.gather(1, rows), position.gather(1, rows), pad_mask.gather(1, order)
 

@@ -242,19 +242,19 @@ def test_clusters_do_not_depend_on_how_far_the_canvas_goes(variant: str) -> None
     assert_close(found.weight[:, :61], alone.weight)
 
 
-def test_a_rank_puts_the_tokens_into_the_order_that_is_cut() -> None:
-    tokens, rank = torch.randn(2, 40, 8), torch.randperm(40)
+def test_a_place_puts_the_tokens_into_the_order_that_is_cut() -> None:
+    tokens, place = torch.randn(2, 40, 8), torch.randperm(40)
     mask = torch.arange(40) >= torch.tensor([[40], [23]])
-    sequence = rank.argsort()
+    sequence = place.argsort()
     expected, _ = form(tokens[:, sequence], mask[:, sequence])
     torch.manual_seed(1)
-    found = cluster_keys(tokens, mask, Information(8, 3.0), Method(), rank)
+    found = cluster_keys(tokens, mask, Information(8, 3.0), Method(), place)
     assert_close(found.index[:, sequence], expected.index)
     assert_close(found.weight[:, sequence], expected.weight)
 
 
 def test_unknown_choices_are_named() -> None:
-    with pytest.raises(ValueError, match="pooling must be one of information, .* got 'max'"):
+    with pytest.raises(ValueError, match=r"pooling must be one of information, .* got 'max'"):
         method_of("paper", pooling="max")
     with pytest.raises(ValueError, match="variant must be one of paper, official, plus, got 'new'"):
         method_of("new")  # type: ignore[arg-type]

@@ -109,7 +109,7 @@ def test_padding_never_changes_a_real_token(enact: str | None, skip_padding: boo
         pad_mask[1:, : canvas[0] - 1] = False
         arguments = tokens.flatten(1, 2), position.flatten(1, 2), pad_mask.flatten(1)
         if skip_padding:
-            arguments = drop_padding(*arguments)
+            arguments = drop_padding(*arguments, longest=int((~arguments[2]).sum(1).max()))
         memory: Tensor = model.encoder(*arguments)
         return memory[0][~arguments[2][0]]
 
@@ -122,7 +122,7 @@ def test_padding_never_changes_a_real_token(enact: str | None, skip_padding: boo
 def test_drop_padding_keeps_real_tokens_in_order() -> None:
     tokens = torch.arange(12.0).view(2, 6, 1)
     pad_mask = torch.tensor([[False, True, False, False, True, True], [True, True, False, True, True, False]])
-    kept, position, mask = drop_padding(tokens, -tokens, pad_mask)
+    kept, position, mask = drop_padding(tokens, -tokens, pad_mask, longest=3)
     assert kept[0].flatten().tolist() == [0, 2, 3]
     assert kept[1, :2].flatten().tolist() == [8, 11]
     assert_close(position, -kept)
