@@ -5,6 +5,7 @@ Imports torch and nothing else, so that the folder can be copied into another pr
 
 from enact.attention import EnactAttention
 from enact.clustering import Clusters
+from enact.plugin import apply, remove
 from enact.row_column import EnactRowColumnAttention
 
-__all__ = ["Clusters", "EnactAttention", "EnactRowColumnAttention"]
+__all__ = ["Clusters", "EnactAttention", "EnactRowColumnAttention", "apply", "remove"]

@@ -158,7 +158,7 @@ class EnactAttention(nn.MultiheadAttention):
         """Append the learned key and the zero key that the constructor asked for."""
         query, key, value = heads
         if self.bias_k is not None and self.bias_v is not None:
-            bias_k, bias_v = (split_heads(bias.expand(len(query), -1, -1), self.num_heads)
+            bias_k, bias_v = (split_heads(bias.expand(query.shape[0], -1, -1), self.num_heads)
                               for bias in (self.bias_k, self.bias_v))
             key, value = torch.cat([key, bias_k], 2), torch.cat([value, bias_v], 2)
         if self.add_zero_attn:
@@ -175,24 +175,6 @@ class EnactAttention(nn.MultiheadAttention):
         attention = F.pad(attention, (0, 1))  # the slot of tokens that belong to no cluster
         index = clusters.index[:, None, None].expand(-1, *attention.shape[1:3], -1)
         return torch.cat([attention.gather(3, index) * clusters.weight[:, None, None].to(attention.dtype), extra], -1)
-
-
-def clustered_attention(
-    query: Tensor, key: Tensor, value: Tensor, clusters: Clusters, dropout: float = 0.0, scale: float | None = None
-) -> Tensor:
-    """Attend to clusters.
-
-    Args:
-        query: (B, H, L, D).
-        key, value: (B, H, T, D) of the clusters.
-        clusters: which clusters an image has, and what they count for.
-        dropout: rate on the attention weights.
-        scale: of the logits; None: D ** -0.5.
-
-    Returns:
-        (B, H, L, D).
-    """
-    return biased_attention(query, key, value, clusters.bias, dropout, scale or query.shape[-1] ** -0.5)
 
 
 def biased_attention(

@@ -95,9 +95,10 @@ def beyond(count: Tensor, total: int) -> Tensor:
 
 def log_mass(scores: Tensor, partition: Partition) -> Tensor:
     """Log sum exp of the scores (B, N) of each cluster's tokens: (B, T + 1), the last for tokens of no cluster."""
-    slots = (len(scores), partition.num_clusters + 1)
+    slots = (scores.shape[0], partition.num_clusters + 1)
     with torch.no_grad():
-        highest = scores.new_zeros(slots).scatter_reduce(1, partition.index, scores, "amax", include_self=False)
+        lowest = scores.new_full(slots, torch.finfo(scores.dtype).min)
+        highest = lowest.scatter_reduce(1, partition.index, scores, "amax")
     mass = (scores - highest.gather(1, partition.index)).exp()
     total = mass.new_zeros(slots).scatter_add(1, partition.index, mass)
     return total.clamp(min=torch.finfo(total.dtype).tiny).log() + highest
@@ -171,10 +172,10 @@ def _chunks(smoothed: Tensor, whole_batch: bool) -> Partition:
     tokens = smoothed.shape[1]
     length = mean_run(smoothed)
     if whole_batch:
-        length = length.mean().expand(len(smoothed))
+        length = length.mean().expand(smoothed.shape[0])
     length = length.round().long().unsqueeze(1)  # (B, 1)
-    count = tokens // length
-    position = torch.arange(tokens, device=smoothed.device) - tokens % length // 2  # (B, N)
+    count = torch.full_like(length, tokens) // length
+    position = torch.arange(tokens, device=smoothed.device) - (tokens - count * length) // 2  # (B, N)
     kept = (position >= 0) & (position < count * length)
     return Partition(torch.where(kept, position // length, tokens), count.squeeze(1), tokens)
 
@@ -217,8 +218,8 @@ def _shuffled(partition: Partition) -> Partition:
     position = torch.arange(slots, device=index.device)
     lottery = (torch.sin(12.9898 * (position + 1.0)) * 43758.5453).frac()
     lottery = torch.where(beyond(count, slots), 2.0, lottery)  # clusters that an image does not have stay last
-    lengths = torch.zeros(len(index), slots + 1, dtype=torch.long, device=index.device)
+    lengths = torch.zeros(index.shape[0], slots + 1, dtype=torch.long, device=index.device)
     lengths = lengths.scatter_add(1, index, torch.ones_like(index))[:, :slots].gather(1, lottery.argsort(1))
-    tokens = torch.arange(index.shape[1], device=index.device).expand(len(index), -1).contiguous()
+    tokens = torch.arange(index.shape[1], device=index.device).expand(index.shape[0], -1).contiguous()
     shuffled = torch.searchsorted(lengths.cumsum(1), tokens, right=True)
     return partition._replace(index=torch.where(index == slots, slots, shuffled))

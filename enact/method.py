@@ -106,7 +106,7 @@ def cluster_keys(
     tokens = keys.shape[1]
     place = torch.arange(tokens, device=keys.device) if place is None else place
     if key_padding_mask is None:
-        order, real = place.argsort().expand(len(keys), -1), None
+        order, real = place.argsort().expand(keys.shape[0], -1), None
     else:
         order = (place + key_padding_mask * (place.max() + 1)).argsort(1)  # real tokens first
         real = ~key_padding_mask.gather(1, order)

@@ -31,9 +31,7 @@ SUPPORTED = (
 )
 
 
-def apply(
-    model: nn.Module, *, smoothing_sigma: float = 3.0, variant: Variant = "paper", **options: str | int | None
-) -> list[str]:
+def apply(model: nn.Module, *, smoothing_sigma: float = 3.0, variant: Variant = "paper", **options: Any) -> list[str]:
     """Put ENACT into the encoder self-attention of a model, in place; decoders stay as they are.
 
     Weights are kept: the same parameters under the same names, so that an optimizer that holds them goes on, and a
@@ -56,24 +54,16 @@ def apply(
         ValueError: there is nothing to replace, ENACT is there already, or an attention cannot be replaced. The model
             is then unchanged.
     """
-    found = _encoder_attentions(model)
-    present = [name for name, attention in found.items() if isinstance(attention, EnactAttention)]
-    if present:
-        raise ValueError(f"ENACT is in this model already: {', '.join(present)}")
-    plans = {
-        name: _plan(name, attention, {"smoothing_sigma": smoothing_sigma, "variant": variant, **options})
-        for name, attention in found.items()
-        if isinstance(attention, nn.MultiheadAttention) or _is_hugging_face(attention)
-    }
-    if not plans:
-        raise ValueError(f"nothing for ENACT to replace in {_description(model, found)}; supported: {SUPPORTED}")
-    for name, plan in plans.items():
-        _become(found[name], plan.target, plan.attributes)
-        found[name].information = plan.information
+    attentions = _replaceable(model)
+    options |= {"smoothing_sigma": smoothing_sigma, "variant": variant}
+    plans = [_plan(name, attention, options) for name, attention in attentions.items()]
+    for attention, plan in zip(attentions.values(), plans, strict=True):
+        _become(attention, plan.target, plan.attributes)
+        attention.information = plan.information
     for encoder in _torch_encoders(model):
         _become(encoder, type(encoder), {"use_nested_tensor": False})
-    logger.info("ENACT (%s) in %d attentions: %s", variant, len(plans), ", ".join(plans))
-    return list(plans)
+    logger.info("ENACT (%s) in %d attentions: %s", variant, len(attentions), ", ".join(attentions))
+    return list(attentions)
 
 
 def remove(model: nn.Module) -> list[str]:
@@ -106,6 +96,11 @@ class EnactProjectedAttention(EnactAttention):
     It is never built: `_projected` makes a subclass of it and of the original class, which an existing attention
     becomes. The projections are called as modules, so that hooks and adapters on them keep working.
     """
+
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    _before_enact: _Before
 
     def forward(  # type: ignore[override]
         self,
@@ -201,12 +196,30 @@ def _encoder_attentions(model: nn.Module) -> dict[str, nn.Module]:
     return {name: attention for attention, name in names.items()}
 
 
+def _replaceable(model: nn.Module) -> dict[str, nn.Module]:
+    """The encoder attentions that ENACT can stand in for, by name; ValueError where there is none, or ENACT already."""
+    found = _encoder_attentions(model)
+    present = [name for name, attention in found.items() if isinstance(attention, EnactAttention)]
+    if present:
+        raise ValueError(f"ENACT is in this model already: {', '.join(present)}")
+    replaceable = {
+        name: attention
+        for name, attention in found.items()
+        if isinstance(attention, nn.MultiheadAttention) or _is_hugging_face(attention)
+    }
+    if not replaceable:
+        kinds = ", ".join(sorted({type(attention).__name__ for attention in found.values()})) or "no self_attn"
+        holder = f"{type(model).__name__}, whose encoder layers hold {kinds}"
+        raise ValueError(f"nothing for ENACT to replace in this {holder}; supported: {SUPPORTED}")
+    return replaceable
+
+
 def _torch_encoders(model: nn.Module) -> Iterator[nn.TransformerEncoder]:
     """Encoders that would hand nested tensors to their layers, which only torch's own fused layer can take."""
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder) and any(
-            isinstance(attention, EnactAttention) for attention in _encoder_attentions(module).values()
-        ):
+        if not isinstance(module, nn.TransformerEncoder) or "_before_enact" in vars(module):
+            continue
+        if any(isinstance(attention, EnactAttention) for attention in _encoder_attentions(module).values()):
             yield module
 
 
@@ -216,31 +229,26 @@ def _is_hugging_face(attention: nn.Module) -> bool:
     )
 
 
-def _description(model: nn.Module, found: dict[str, nn.Module]) -> str:
-    kinds = sorted({type(attention).__name__ for attention in found.values()})
-    return f"{type(model).__name__}, whose encoder layers hold {', '.join(kinds) if kinds else 'no self_attn'}"
-
-
 def _plan(name: str, attention: nn.Module, options: dict[str, Any]) -> _Plan:
     """What `attention` becomes, found by building an `EnactAttention` of its shape; ValueError where none can be."""
-    if isinstance(attention, nn.MultiheadAttention):
-        if type(attention) is not nn.MultiheadAttention:
-            kind = type(attention).__name__
-            raise ValueError(f"{name} is a {kind}, a subclass whose own behaviour ENACT would replace unseen")
-        target: type[nn.Module] = EnactAttention
-        shape = _packed_shape(attention)
+    if "forward" in vars(attention):
+        raise ValueError(f"{name} has a forward of its own, set on the object, which would hide that of ENACT")
+    if not isinstance(attention, nn.MultiheadAttention):
+        target, shape = _projected(type(attention)), _projected_shape(attention)
+    elif type(attention) is nn.MultiheadAttention:
+        target, shape = EnactAttention, _packed_shape(attention)
     else:
-        target = _projected(type(attention))
-        shape = _projected_shape(attention)
+        kind = type(attention).__name__
+        raise ValueError(f"{name} is a {kind}, a subclass whose own behaviour ENACT would replace unseen")
     like = next((p for p in attention.parameters() if p.is_floating_point()), torch.empty(0))
-    model = EnactAttention(**shape, **options, device=like.device, dtype=like.dtype).train(attention.training)
+    pattern = EnactAttention(**shape, **options, device=like.device, dtype=like.dtype).train(attention.training)
     has, bookkeeping = vars(attention), vars(nn.Module())
     attributes = {
         key: value
-        for key, value in vars(model).items()
+        for key, value in vars(pattern).items()
         if key not in bookkeeping and (key not in has or has[key] != value)
     }
-    return _Plan(target, attributes, model.information)
+    return _Plan(target, attributes, pattern.information)
 
 
 def _packed_shape(attention: nn.MultiheadAttention) -> dict[str, Any]:
@@ -259,9 +267,15 @@ def _projected_shape(attention: nn.Module) -> dict[str, Any]:
     return {"embed_dim": query.out_features, "num_heads": heads, "dropout": dropout, "batch_first": True}
 
 
+_PROJECTED: dict[type[nn.Module], type[nn.Module]] = {}
+
+
 def _projected(original: type[nn.Module]) -> type[nn.Module]:
-    """The clustered subclass of an attention class with separate projections."""
-    return type(f"Enact{original.__name__}", (EnactProjectedAttention, original), {"__module__": __name__})
+    """The clustered subclass of an attention class with separate projections, the same one each time."""
+    if original not in _PROJECTED:
+        name = f"Enact{original.__name__}"
+        _PROJECTED[original] = type(name, (EnactProjectedAttention, original), {"__module__": __name__})
+    return _PROJECTED[original]
 
 
 def _blank(original: type[nn.Module]) -> nn.Module:

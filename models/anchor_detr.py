@@ -328,7 +328,7 @@ class AnchorDetr(nn.Module):
         x = self.input_proj(features).permute(0, 2, 3, 1)
         x = self.encoder(x, pos_row, pos_col, pad_mask)
         points_xy, query_pos = self._query_position()
-        contents = self.pattern.weight.repeat_interleave(len(self.position.weight), 0).expand(len(images), -1, -1)
+        contents = self.pattern.weight.repeat_interleave(len(self.position.weight), 0).expand(images.shape[0], -1, -1)
         states = self.decoder(contents, query_pos, (x + pos_row, x + pos_col, x), pad_mask)
         boxes = boxes_around(points_xy, self.bbox_embed(states))
         return collect_outputs(self.class_embed(states), boxes, self.aux_loss)

@@ -202,7 +202,7 @@ class ConditionalDetr(Detr):
     def forward(self, images: Tensor, pad_mask: Tensor) -> dict[str, Tensor | list[dict[str, Tensor]]]:
         """As `Detr`, with K logits for a sigmoid."""
         memory, position, pad_mask = self.encode(images, pad_mask)
-        queries = self.query_embed.weight.expand(len(images), -1, -1)
+        queries = self.query_embed.weight.expand(images.shape[0], -1, -1)
         states, points_xy = self.decoder(queries, memory, position, pad_mask)
         boxes = boxes_around(points_xy, self.bbox_embed(states))
         return collect_outputs(self.class_embed(states), boxes, self.aux_loss)

@@ -122,7 +122,7 @@ class Detr(nn.Module):
             "aux_outputs", the same two for each earlier decoder layer.
         """
         memory, position, pad_mask = self.encode(images, pad_mask)
-        queries = self.query_embed.weight.expand(len(images), -1, -1)
+        queries = self.query_embed.weight.expand(images.shape[0], -1, -1)
         states = self.decoder(queries, memory, position, pad_mask)
         return collect_outputs(self.class_embed(states), self.bbox_embed(states).sigmoid(), self.aux_loss)
 
