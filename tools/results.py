@@ -17,6 +17,8 @@ import yaml
 
 COLUMNS = ("AP", "AP50", "APS", "APM", "APL")
 POSITIONS = (0, 1, 3, 4, 5)  # of COLUMNS among COCO's twelve figures
+# Fields of the config that change what ENACT does; those that a run left alone are not shown.
+CHOICES = ("regions", "pooling", "cluster_bias", "max_clusters", "token_order")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,10 +32,15 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError, KeyError) as error:
         print(f"error: not the folder of a finished run: {error}", file=sys.stderr)
         return 2
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.with_suffix(".json").write_text(json.dumps(runs, indent=1) + "\n")
-    options.output.with_suffix(".md").write_text(to_markdown(runs))
+    write_table(runs, options.output)
     return 0
+
+
+def write_table(runs: list[dict[str, Any]], output: Path) -> None:
+    """OUTPUT.json and OUTPUT.md."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.with_suffix(".json").write_text(json.dumps(runs, indent=1) + "\n")
+    output.with_suffix(".md").write_text(to_markdown(runs))
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -44,9 +51,11 @@ def read_run(folder: Path) -> dict[str, Any]:
     return {
         "model": config["model"],
         "enact": config["enact"],
+        "choices": {name: config[name] for name in CHOICES if config.get(name) not in (None, "raster")},
         "seed": config["seed"],
         "epochs": len(records),
         "seconds_per_epoch": statistics.median(record["train_seconds"] for record in records),
+        "seconds_fastest_epoch": min(record["train_seconds"] for record in records),
         "parameters": records[-1]["n_parameters"],
         **{name: figures[position] for name, position in zip(COLUMNS, POSITIONS, strict=True)},
         "environment": json.loads((folder / "environment.json").read_text()),
@@ -54,21 +63,28 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def to_markdown(runs: list[dict[str, Any]]) -> str:
-    """A row for each model and variant: the mean over seeds, and the range of AP and AP50."""
+    """A row for each model and encoder: means over seeds, the range of AP and AP50, and the fastest epoch of all."""
     lines = [
-        "| model | encoder | seeds | AP | AP50 | APS | APM | s / epoch |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | encoder | seeds | AP | AP50 | APS | APM | epochs | fastest epoch, s |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for run in runs:
-        groups.setdefault((run["model"], run["enact"] or ""), []).append(run)
-    for (model, enact), group in sorted(groups.items()):
+        groups.setdefault((run["model"], encoder_of(run)), []).append(run)
+    for model, encoder in sorted(groups, key=lambda row: (row[0], row[1] != "dense", row[1])):
+        group = groups[model, encoder]
         cells = [mean_and_range(group, "AP"), mean_and_range(group, "AP50")]
         cells += [f"{100 * mean(group, name):.1f}" for name in ("APS", "APM")]
-        cells.append(f"{mean(group, 'seconds_per_epoch'):.1f}")
-        encoder = f"ENACT {enact}" if enact else "dense"
+        cells += [str(group[0]["epochs"]), f"{min(run['seconds_fastest_epoch'] for run in group):.1f}"]
         lines.append(f"| {model} | {encoder} | {len(group)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def encoder_of(run: dict[str, Any]) -> str:
+    """What a row calls the encoder of a run."""
+    if not run["enact"]:
+        return "dense"
+    return ", ".join([f"ENACT {run['enact']}", *(f"{name} {choice}" for name, choice in run["choices"].items())])
 
 
 def mean(group: list[dict[str, Any]], name: str) -> float:
