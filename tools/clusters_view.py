@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torchvision.ops import box_convert
+from torchvision.ops import box_convert, nms
 
-from datasets import normalize
+import engine
+from datasets import Batch
 from enact import EnactAttention, EnactRowColumnAttention
 from models.anchor_detr import RowColumnAttention
 from models.postprocess import Postprocessor
@@ -119,7 +120,7 @@ def explain(
     demand_inside(points, size)
     outputs, record = _run(model, image)
     detections = _detections(postprocess(outputs, torch.tensor([size]))[0], min_score)
-    chosen = tuple(points) or _suggested_points(detections["boxes"], record.grid, size)
+    chosen = tuple(points) or _suggested_points(detections, size)
     tokens = torch.tensor([record.grid.token_at(point, size) for point in chosen])
     layers = tuple(_layer_view(call, tokens, record.grid) for call in record.calls)
     return Explanation(image.cpu(), size, chosen, detections, layers)
@@ -143,7 +144,8 @@ class Grid(NamedTuple):
     def to_map(self, per_token: Tensor) -> Tensor:
         """(..., N) -> (..., h, w), on the CPU."""
         values = per_token.detach().cpu()
-        return torch.empty_like(values).index_copy(-1, self.cells, values).unflatten(-1, (self.height, self.width))
+        in_raster_order = torch.empty_like(values).index_copy(-1, self.cells, values)
+        return in_raster_order.view(*values.shape[:-1], self.height, self.width)
 
     def token_at(self, point: Point, size: Size) -> int:
         """The token whose cell holds a point of a picture; the map covers the picture, and its cells are equal."""
@@ -165,8 +167,9 @@ class _Call(NamedTuple):
 
 @dataclass
 class _Record:
-    """What an encoder was called with."""
+    """What the encoder of a model was called with."""
 
+    model: nn.Module
     calls: list[_Call] = field(default_factory=list)
     grid: Grid = field(init=False)
 
@@ -175,16 +178,15 @@ class _Record:
 
     def keep_grid(self, module: nn.Module, inputs: Any, features: Tensor) -> None:
         height, width = features.shape[-2:]
-        self.grid = Grid(height, width, torch.arange(height * width))
+        self.grid = Grid(height, width, _cells_in_order(self.model, height, width))
 
 
 @contextlib.contextmanager
 def _recording(model: nn.Module) -> Iterator[_Record]:
-    record, encoder = _Record(), model.get_submodule("encoder")
+    record, encoder = _Record(model), model.get_submodule("encoder")
     hooks = [model.get_submodule("backbone").register_forward_hook(record.keep_grid)]
-    for module in encoder.modules():
-        if isinstance(module, ATTENTIONS):
-            hooks.append(module.register_forward_pre_hook(record.keep_call, with_kwargs=True))
+    attentions = (module for module in encoder.modules() if isinstance(module, ATTENTIONS))
+    hooks += [module.register_forward_pre_hook(record.keep_call, with_kwargs=True) for module in attentions]
     try:
         yield record
     finally:
@@ -194,14 +196,26 @@ def _recording(model: nn.Module) -> Iterator[_Record]:
 
 @torch.no_grad()
 def _run(model: nn.Module, image: Tensor) -> tuple[dict[str, Any], _Record]:
-    images = image.unsqueeze(0).to(next(model.parameters()).device)
-    pad_mask = torch.zeros_like(images[:, 0], dtype=torch.bool)
+    batch = Batch(image.unsqueeze(0), torch.zeros(1, *image.shape[1:], dtype=torch.bool), [])
     model.eval()
     with _recording(model) as record:
-        outputs = model(normalize(images, pad_mask), pad_mask)
+        outputs = engine.forward(model, batch.to(next(model.parameters()).device), amp=False)
     if not record.calls:
         raise InputError("the model's encoder has no layers, so there is nothing to show")
     return outputs, record
+
+
+def _cells_in_order(owner: nn.Module, height: int, width: int) -> Tensor:
+    """The cells, numbered row by row, in the order in which a detector or a row-column attention runs through them.
+
+    Returns:
+        (height * width,) int64.
+    """
+    token_order = getattr(owner, "token_order", None)
+    if token_order is None or not getattr(owner, "skip_padding", True):
+        return torch.arange(height * width)
+    places: Tensor = token_order(height, width, torch.device("cpu"))
+    return places.argsort()
 
 
 def _detections(found: dict[str, Tensor], min_score: float) -> dict[str, Tensor]:
@@ -210,14 +224,13 @@ def _detections(found: dict[str, Tensor], min_score: float) -> dict[str, Tensor]
     return {name: values[kept].cpu() for name, values in found.items()}
 
 
-def _suggested_points(boxes_xyxy: Tensor, grid: Grid, size: Size) -> tuple[Point, ...]:
-    """The centres of the first few boxes that lie in cells of their own; the picture's centre if there is no box."""
+def _suggested_points(detections: dict[str, Tensor], size: Size) -> tuple[Point, ...]:
+    """The centres of the best boxes that overlap no better one much; the picture's centre if there is no box."""
     height, width = size
-    points: dict[int, Point] = {}
-    for x, y, _, _ in box_convert(boxes_xyxy, "xyxy", "cxcywh").tolist():
-        point = (min(max(x, 0.0), width - 0.5), min(max(y, 0.0), height - 0.5))
-        points.setdefault(grid.token_at(point, size), point)
-    return tuple(points.values())[:MOST_POINTS] or ((width / 2, height / 2),)
+    best = nms(detections["boxes"], detections["scores"], iou_threshold=0.3)[:MOST_POINTS]
+    centres = box_convert(detections["boxes"][best], "xyxy", "cxcywh").tolist()
+    inside = ((min(max(x, 0.0), width - 0.5), min(max(y, 0.0), height - 0.5)) for x, y, _, _ in centres)
+    return tuple(inside) or ((width / 2, height / 2),)
 
 
 def _layer_view(call: _Call, tokens: Tensor, grid: Grid) -> LayerView:
@@ -232,11 +245,16 @@ def _cluster_view(call: _Call, grid: Grid) -> ClusterView:
     assert isinstance(module, CLUSTERED)
     clusters = module.clusters(keys, call.keywords.get("key_padding_mask"))
     logits = module.information.logits(keys.reshape(1, -1, keys.shape[-1]))
+    if isinstance(module, EnactRowColumnAttention):  # it gets the cells row by row and puts them in order itself
+        order = _cells_in_order(module, grid.height, grid.width).to(logits.device)
+        smoothed = torch.empty_like(logits).index_copy(1, order, module.information(logits[:, order]))
+    else:
+        smoothed = module.information(logits)
     return ClusterView(
         grid.to_map(clusters.index[0]),
         int(clusters.count[0]),
         grid.to_map(logits[0].softmax(0)),
-        grid.to_map(module.information(logits)[0]),
+        grid.to_map(smoothed[0]),
     )
 
 
@@ -249,6 +267,7 @@ def _attention(call: _Call, tokens: Tensor) -> Tensor:
     return weights[0]
 
 
+@torch.enable_grad()
 def _row_column_attention(call: _Call, tokens: Tensor) -> Tensor:
     """As `_attention`, for row-column attention, which makes no map: the derivative of its result by its values.
 

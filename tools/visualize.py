@@ -1,0 +1,264 @@
+"""Draw what ENACT does in each encoder layer of a trained detector.
+
+    python tools/visualize.py --checkpoint outputs/detr_enact/checkpoint.pth
+    python tools/visualize.py --checkpoint FILE --images a.jpg photographs/ --queries 120,80 300,200 --output clusters
+
+For each image and layer it writes NAME_layer0.png: the detections, the clusters, the smoothed information, the learned
+probability, and the attention of a few tokens; for each image NAME_contact.png, with a row for each layer; and
+clusters.json with the counts. A dense checkpoint has no clusters, only attention.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+from torch import nn
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from configs.schema import FIELD_NAMES, Config
+from datasets import build_coco, eval_transform, prepare_shapes
+from datasets.annotations import read_annotations
+from datasets.coco import DECODING_ERRORS, DEEP_MODES
+from datasets.scenes import CLASS_NAMES
+from main import pick_device
+from models import build_model_from, build_postprocessor, load_weights
+from tools.clusters_plot import draw_contact_sheet, draw_layer, save
+from tools.clusters_view import Explanation, LayerView, Point, explain
+from util import checkpoint
+from util.errors import InputError
+from util.logs import set_up_console
+
+logger = logging.getLogger("visualize")
+
+VALIDATION_IMAGES = 4
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command: 0 if an image was drawn, 1 if none was, 2 if it could not start."""
+    set_up_console()
+    options = build_parser().parse_args(argv)
+    try:
+        return visualize(options)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """A parser of the command's flags."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint that main.py wrote")
+    parser.add_argument(
+        "--images", nargs="+", type=Path, default=[], metavar="PATH",
+        help=f"image files and folders of them; default: the first {VALIDATION_IMAGES} validation images of the data "
+        "set that the checkpoint was trained on",
+    )  # fmt: skip
+    parser.add_argument("--output", type=Path, help="a folder; default: clusters/ beside the checkpoint")
+    parser.add_argument(
+        "--queries", nargs="+", type=_point, default=[], metavar="X,Y",
+        help="points, in pixels of the image, whose attention is drawn; default: the centres of the best detections, "
+        "else the image's centre",
+    )  # fmt: skip
+    parser.add_argument("--score", type=float, default=0.5, help="least score of a detection that counts (default 0.5)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: cuda where there is one)")
+    return parser
+
+
+def visualize(options: argparse.Namespace) -> int:
+    """Draw every image that can be read; see `main`."""
+    model, config = load_detector(options.checkpoint, pick_device(options.device))
+    files = image_files(options.images) if options.images else validation_images(config)
+    folder = options.output or options.checkpoint.parent / "clusters"
+    if config.enact is None:
+        logger.info("%s is a dense model: it has no clusters, only attention is drawn", options.checkpoint)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        images = draw_all(files, folder, partial(explain_file, model, config, options.queries, options.score), config)
+        report = {"checkpoint": str(options.checkpoint), "encoder": describe_encoder(config), **images}
+        (folder / "clusters.json").write_text(json.dumps(report, indent=1) + "\n")
+    drawn = len(images["images"])
+    logger.info("%d of %d images are drawn in %s", drawn, len(files), folder)
+    return 0 if drawn else 1
+
+
+def load_detector(path: Path, device: torch.device) -> tuple[nn.Module, Config]:
+    """The detector of a checkpoint that main.py wrote, ready to detect, and its configuration.
+
+    Raises:
+        InputError: there is no such checkpoint, it holds no configuration, or the two do not fit.
+    """
+    if not path.is_file():
+        raise InputError(f"no checkpoint at {path}; check --checkpoint")
+    saved = checkpoint.load(path)
+    if not isinstance(saved.get("config"), dict):
+        raise InputError(f"{path} holds no configuration, as the checkpoints that main.py writes do")
+    foreign = saved["config"].keys() - FIELD_NAMES
+    if foreign:
+        logger.warning("%s: fields that are not known any more are left out: %s", path, ", ".join(sorted(foreign)))
+    try:
+        known = {name: value for name, value in saved["config"].items() if name in FIELD_NAMES}
+        config = dataclasses.replace(Config(**known), backbone_weights=None)
+        model = build_model_from(config)
+        load_weights(model, saved["model"])
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from None
+    return model.to(device).eval(), config
+
+
+def image_files(paths: Sequence[Path]) -> list[Path]:
+    """The files among `paths`, and the images in the folders among them."""
+    files: list[Path] = []
+    for path in paths:
+        inside = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+        if not inside:
+            raise InputError(f"there are no images in {path}")
+        files += inside
+    return list(dict.fromkeys(files))
+
+
+def validation_images(config: Config) -> list[Path]:
+    """The first images of the validation set that a detector was trained with."""
+    if config.coco_path is None:
+        root = prepare_shapes(num_train=config.shapes_train, num_val=config.shapes_val)
+    else:
+        root = Path(config.coco_path)
+    coco = build_coco(root, "val", eval_transform(config.eval_short_side, config.max_long_side)).coco
+    return [root / "val2017" / coco.imgs[image]["file_name"] for image in sorted(coco.imgs)[:VALIDATION_IMAGES]]
+
+
+def class_names(config: Config) -> Mapping[int, str]:
+    """The names of the labels; none where the data set is not on this machine."""
+    if config.coco_path is None:
+        return CLASS_NAMES
+    try:
+        coco = read_annotations(Path(config.coco_path) / "annotations" / "instances_val2017.json")
+    except InputError as error:
+        logger.info("classes are shown by number: %s", error)
+        return {}
+    return {number: category["name"] for number, category in coco.cats.items()}
+
+
+def unique_stems(files: Sequence[Path]) -> list[str]:
+    """A name for what is written of each image: the file's, with a number if another has it."""
+    stems: list[str] = []
+    for file in files:
+        candidates = (f"{file.stem}_{number}" if number > 1 else file.stem for number in itertools.count(1))
+        stems.append(next(stem for stem in candidates if stem not in stems))
+    return stems
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """What fails in here fails because the folder cannot be written (InputError)."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot write {folder}: {error.strerror or error}; choose another --output") from None
+
+
+def draw_all(
+    files: Sequence[Path], folder: Path, explain_one: Callable[[Path], Explanation], config: Config
+) -> dict[str, Any]:
+    """Write the pictures of each image; what clusters.json says of those that were drawn, and of the others."""
+    names, drawn, skipped = class_names(config), [], []
+    encoder = describe_encoder(config)
+    for path, stem in zip(tqdm(files, unit="image", disable=len(files) == 1), unique_stems(files), strict=True):
+        try:
+            explanation = explain_one(path)
+        except InputError as error:
+            logger.warning("skipped: %s", error)
+            skipped.append({"image": str(path), "reason": str(error)})
+            continue
+        for number in range(len(explanation.layers)):
+            title = f"{stem}, encoder layer {number} ({encoder})"
+            save(draw_layer(explanation, number, title, names), folder / f"{stem}_layer{number}.png")
+        save(draw_contact_sheet(explanation, f"{stem} ({encoder})", names), folder / f"{stem}_contact.png")
+        drawn.append({"image": str(path), "name": stem, **counts(explanation)})
+    return {"images": drawn, "skipped": skipped}
+
+
+def describe_encoder(config: Config) -> str:
+    """For titles."""
+    if config.enact is None:
+        return f"{config.model}, dense"
+    order = "" if config.token_order == "raster" else f", {config.token_order} order"
+    return f"{config.model}, ENACT {config.enact}{order}"
+
+
+def explain_file(
+    model: nn.Module, config: Config, points: Sequence[Point], min_score: float, path: Path
+) -> Explanation:
+    """Run a detector on an image file; points and boxes are in pixels of that file, turned as its EXIF data says."""
+    picture = read_picture(path)
+    image = eval_transform(config.eval_short_side, config.max_long_side)(picture)
+    options: dict[str, Any] = {"size": (picture.height, picture.width), "points": points, "min_score": min_score}
+    try:
+        return explain(model, image, build_postprocessor(config.model), **options)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def read_picture(path: Path) -> Image.Image:
+    """An image file as RGB (InputError if it is none)."""
+    try:
+        with Image.open(path) as image:
+            mode = image.mode
+            picture: Image.Image = ImageOps.exif_transpose(image).convert("RGB")
+    except DECODING_ERRORS as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise InputError(f"{path}: image cannot be read ({reason})") from None
+    if mode.startswith(DEEP_MODES):
+        raise InputError(f"{path}: image has pixels of mode {mode}; convert it to 8 bits a channel")
+    return picture
+
+
+def counts(explanation: Explanation) -> dict[str, Any]:
+    """What clusters.json says of an image; sizes of clusters are in tokens, information in bits."""
+    height, width = explanation.size
+    layers = [{"layer": number, **layer_counts(layer)} for number, layer in enumerate(explanation.layers)]
+    return {"height": height, "width": width, "detections": len(explanation.detections["scores"]), "layers": layers}
+
+
+def layer_counts(layer: LayerView) -> dict[str, int | float]:
+    """The numbers of one layer."""
+    tokens = layer.attention[0].numel()
+    if layer.clusters is None:
+        return {"tokens": tokens}
+    sizes, information = layer.clusters.sizes(), layer.clusters.information
+    return {
+        "tokens": tokens,
+        "clusters": layer.clusters.num_clusters,
+        "tokens_in_no_cluster": int(layer.clusters.unclustered().sum()),
+        "mean_size": sizes.float().mean().item(),
+        "min_size": int(sizes.min()),
+        "max_size": int(sizes.max()),
+        "min_information": information.min().item(),
+        "max_information": information.max().item(),
+    }
+
+
+def _point(text: str) -> Point:
+    try:
+        x, y = map(float, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not X,Y in pixels, such as 120,80") from None
+    return x, y
+
+
+if __name__ == "__main__":
+    sys.exit(main())
