@@ -8,6 +8,7 @@ import io
 import logging
 import pickle
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -456,3 +457,11 @@ def test_masks_are_read_in_every_form() -> None:
     assert padding_of(None) is None
     with pytest.raises(ValueError, match="mask of type BlockMask"):
         padding_of(type("BlockMask", (), {})())
+
+
+def test_the_example_in_the_readme_runs_as_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
+    section = (Path(__file__).parents[1] / "README.md").read_text().partition("## Use ENACT in your own model")[2]
+    exec(section.partition("```python\n")[2].partition("```")[0], {})
+    said = capsys.readouterr().out
+    assert said.count("self_attn") == 6
+    assert "torch.Size([2, 850, 256])" in said
