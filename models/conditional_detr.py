@@ -154,7 +154,8 @@ class ConditionalDecoder(nn.Module):
         points_xy = self.ref_point_head(query_pos).sigmoid()
         features = query_pos.shape[-1] // 2
         point_sine = torch.cat([sine_embedding(points_xy[..., axis], features) for axis in (1, 0)], dim=-1)
-        x, outputs = torch.zeros_like(query_pos), list[Tensor]()
+        x = torch.zeros_like(query_pos)
+        outputs: list[Tensor] = []
         for layer in self.layers:
             query_sine = self.query_scale(x) * point_sine if outputs else point_sine
             x = layer(x, query_pos, query_sine, memory, position, pad_mask)
