@@ -98,7 +98,7 @@ def sum_over_map(over_y: Tensor, over_x: Tensor, value: Tensor) -> Tensor:
         (B, h, Q, D).
     """
     height, width, channels = value.shape[-3:]
-    if height < width and not torch.compiler.is_compiling():  # one graph serves both shapes of image
+    if not torch.compiler.is_compiling() and height < width:  # one graph serves both shapes of image
         over_y, over_x, value = over_x, over_y, value.transpose(2, 3)
         height, width = width, height
     rows = (over_y @ value.flatten(3)).view(*over_y.shape[:3], width, channels)
