@@ -1,8 +1,8 @@
 """The configuration: what each field means, and where its value comes from.
 
-A value is taken from the first of these that has it: a flag, `--config FILE`, `configs/shapes.yaml` (only without
-`--coco_path`), the row of the results table that `--model` and `--enact` pick, the default below. The defaults are
-DETR's published recipe (spec 5.1, 5.4).
+A value is taken from the first of these that has it: a flag, `--config FILE`, `configs/shapes_MODEL.yaml` and
+`configs/shapes.yaml` (only without `--coco_path`), the row of the results table that `--model` and `--enact` pick, the
+default below. The defaults are DETR's published recipe (spec 5.1, 5.4).
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any, Literal, get_args
 import yaml
 
 CONFIG_DIR = Path(__file__).parent
+# Fields that say what ENACT does, and their values where nothing is chosen.
+ENACT_CHOICES = {"regions": None, "pooling": None, "cluster_bias": None, "max_clusters": None, "token_order": "raster"}
 ModelName = Literal["detr", "conditional_detr", "anchor_detr"]
 EnactVariant = Literal["paper", "official", "plus"]
 
@@ -148,6 +150,15 @@ class Config:
             (self.hidden_dim % (4 * self.nheads) == 0, "hidden_dim must be a multiple of 4 times nheads"),
             (self.enc_layers >= 0 and self.dec_layers > 0, "enc_layers must be 0 or more, dec_layers 1 or more"),
             (self.num_queries > 0, "num_queries must be 1 or more"),
+            (self.max_clusters is None or self.max_clusters > 0, "max_clusters must be 1 or more"),
+            (
+                self.enact is not None or all(getattr(self, name) == ENACT_CHOICES[name] for name in ENACT_CHOICES),
+                f"{', '.join(ENACT_CHOICES)} have no effect without enact",
+            ),
+            (
+                self.enact != "official" or self.token_order == "raster",
+                "token_order must be raster with enact official, which clusters the map as it stands",
+            ),
             (self.smoothing_sigma > 1 / 3, "smoothing_sigma must be above 1/3"),
             (bool(self.train_short_sides), "train_short_sides must name at least one size"),
             (0 < self.crop_range[0] <= self.crop_range[1], "crop_range must be two sizes, the smaller first"),

@@ -132,7 +132,9 @@ class EnactAttention(nn.MultiheadAttention):
         """As `forward`, batch first; the map for each head."""
         clusters = self.clusters(key, key_padding_mask)
         heads = self._with_extra_keys(self._project(query, clusters.pool(key), clusters.pool(value)))
-        bias = clusters.bias_with_extra(heads.key.shape[2])
+        bias = clusters.bias
+        if bias is not None:  # the extra keys count as one token each
+            bias = F.pad(bias, (0, heads.key.shape[2] - clusters.num_clusters))
         official = self.variant == "official"
         dropout = self.dropout if self.training and not official else 0.0
         scale = 1.0 if official else self.head_dim**-0.5

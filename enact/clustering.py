@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from enact.information import filter_tokens
@@ -75,10 +74,6 @@ class Clusters(NamedTuple):
     def pad_mask(self) -> Tensor:
         """(B, T) bool, True where the image has no such cluster."""
         return beyond(self.count, self.num_clusters)
-
-    def bias_with_extra(self, keys: int) -> Tensor | None:
-        """The bias of `keys` keys, of which those past the clusters count as one token each."""
-        return self.bias if self.bias is None else F.pad(self.bias, (0, keys - self.num_clusters))
 
     def in_token_order(self, order: Tensor) -> Clusters:
         """The same clusters for tokens that stood at `order` (B, N) before they were sorted."""

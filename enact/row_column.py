@@ -6,7 +6,6 @@ Shapes: B batch, H x W cells, N = H * W of them in raster order, T clusters, C c
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -75,9 +74,9 @@ class EnactRowColumnAttention(nn.Module):
         self.head_dim = embed_dim // num_heads
         self.dropout = dropout
         self.variant = variant
+        if variant == "official" and choices.get("regions") is None:
+            choices["regions"] = "image_chunks"
         self.method = method_of(variant, **choices)
-        if variant == "official":
-            self.method = replace(self.method, regions="image_chunks")
         self.token_order = token_order
         self.information = Information(embed_dim, smoothing_sigma, device=device, dtype=dtype)
         self.in_proj_weight = nn.Parameter(torch.empty(5 * embed_dim, embed_dim, device=device, dtype=dtype))

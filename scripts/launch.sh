@@ -19,7 +19,7 @@ if [ "$nodes" = 1 ]; then
 else
     rendezvous=(--rdzv-backend=c10d "--rdzv-endpoint=${HEAD:?with NODES give HEAD=HOST:PORT}" "--rdzv-id=${JOB:-enact}")
 fi
-# A machine that comes back joins a later round, whose store only this makes known to it (torch 2.4 to 2.14 at least).
+# A machine that comes back joins a later round, whose store only this makes known to it (seen with torch 2.14).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec torchrun "${rendezvous[@]}" --nnodes="$nodes" --nproc_per_node="$gpus" --max-restarts="${RESTARTS:-3}" \
     main.py --resume auto "$@"

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from datasets import prepare_shapes
+
 TINY_COCO = Path(__file__).parents[2] / "shared" / "data" / "tiny_coco"
 
 
@@ -26,3 +28,18 @@ def tiny_coco() -> Path:
     if not TINY_COCO.exists():
         pytest.skip(f"no real photographs at {TINY_COCO}")
     return TINY_COCO
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder with 16 drawn scenes to train on and 6 to evaluate on."""
+    folder = tmp_path_factory.mktemp("cache")
+    prepare_shapes(folder, num_train=16, num_val=6)
+    return folder
+
+
+@pytest.fixture
+def empty_folder(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new working folder, in which commands find the drawn scenes of `cache`."""
+    monkeypatch.setenv("ENACT_CACHE", str(cache))
+    monkeypatch.chdir(tmp_path)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,12 @@ from test_results_table import write_run
 
 from configs.cli import parse_args
 from tools import ablation
+
+
+def test_it_runs_as_a_command() -> None:
+    done = subprocess.run([sys.executable, ablation.__file__, "--help"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "plus_hilbert" in done.stdout
 
 
 @pytest.mark.parametrize("arm", ablation.ARMS)

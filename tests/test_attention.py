@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -198,3 +200,28 @@ def test_official_gives_the_published_vectors(
     assert_close(found[-1, -1, -1], torch.tensor(last), atol=1e-5, rtol=0)
     assert found.sum().item() == pytest.approx(total, abs=2e-2)
     assert found.abs().sum().item() == pytest.approx(magnitude, abs=2e-2)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize(
+    "options", [{}, {"kdim": 20, "vdim": 12}, {"add_bias_kv": True}, {"add_zero_attn": True}, {"bias": False}], ids=str
+)
+def test_with_a_cluster_a_token_it_is_multihead_attention_in_every_form(options: Any, batch_first: bool) -> None:
+    """Batches and single sequences, a bool and a float mask, the result and the map."""
+    dense = nn.MultiheadAttention(32, 4, batch_first=batch_first, **options)
+    attention = EnactAttention(32, 4, batch_first=batch_first, **options)
+    missing, unexpected = attention.load_state_dict(dense.state_dict(), strict=False)
+    assert (missing, unexpected) == (["information.probability.weight", "information.probability.bias"], [])
+    attention.method = Method(regions="tokens")
+    query, key, value = (torch.randn(2, count, width) for count, width in ((9, 32), (21, dense.kdim), (21, dense.vdim)))
+    mask = torch.arange(21) >= torch.tensor([[21], [13]])
+    as_float = torch.zeros(2, 21).masked_fill(mask, float("-inf"))
+    batch = [tensor if batch_first else tensor.transpose(0, 1) for tensor in (query, key, value)]
+    expected = dense(*batch, key_padding_mask=mask, average_attn_weights=False)
+    for key_padding_mask in (mask, as_float):
+        found = attention(*batch, key_padding_mask=key_padding_mask, average_attn_weights=False)
+        assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    for image in range(2):
+        single = [tensor[image] for tensor in (query, key, value)]
+        expected = dense(*single, key_padding_mask=mask[image])
+        assert_close(attention(*single, key_padding_mask=mask[image]), expected, atol=1e-5, rtol=1e-5)

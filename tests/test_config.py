@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import yaml
 
 from configs.cli import parse_args, to_yaml
 from configs.schema import Config, recipe
+from enact.clustering import Regions
+from enact.method import ClusterBias, Pooling, Variant
+from enact.order import OrderName
 from util.errors import InputError
 
 
@@ -130,3 +134,27 @@ def test_recipe_takes_fields_and_refuses_others() -> None:
     assert asdict(recipe("detr", "paper", lr=1.0))["lr"] == 1.0
     with pytest.raises(ValueError, match="learning_rate"):
         recipe("detr", learning_rate=1.0)
+
+
+@pytest.mark.parametrize("flags", [["--pooling", "mean"], ["--token_order", "hilbert"], ["--max_clusters", "9"]])
+def test_choices_within_enact_need_enact(flags: list[str]) -> None:
+    assert parse_args([*flags, "--enact"]).enact == "paper"
+    with pytest.raises(InputError, match="have no effect without enact"):
+        parse_args(flags)
+
+
+def test_official_takes_the_map_as_it_stands() -> None:
+    with pytest.raises(InputError, match="token_order must be raster with enact official"):
+        parse_args(["--enact", "official", "--token_order", "windows"])
+
+
+@pytest.mark.parametrize(
+    ("field", "choices"),
+    [("enact", Variant), ("regions", Regions), ("pooling", Pooling), ("cluster_bias", ClusterBias),
+     ("token_order", OrderName)],
+)  # fmt: skip
+def test_the_config_offers_what_enact_offers(field: str, choices: Any) -> None:
+    """Configs must not import enact, so the names stand in both."""
+    offered = set(get_args(get_type_hints(Config)[field])) - {type(None)}
+    names = set().union(*({option} if isinstance(option, str) else set(get_args(option)) for option in offered))
+    assert names == set(get_args(choices))

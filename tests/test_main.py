@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import main as command
-from datasets import prepare_shapes
 from models.checkpoints import to_published
 from util import checkpoint
 
@@ -33,19 +32,7 @@ TINY = [
     "--eval_every", "1",
 ]  # fmt: skip
 Run = Callable[..., int]
-
-
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("cache")
-    prepare_shapes(folder, num_train=16, num_val=6)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ENACT_CACHE", str(cache))
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("empty_folder")
 
 
 def run(*flags: str) -> int:

@@ -17,14 +17,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from tools.results import encoder_of, read_run, write_table
 
-matplotlib.use("agg")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 # What is compared: the flags of main.py that make an arm.
 ARMS: dict[str, list[str]] = {
     "dense": [],

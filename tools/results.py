@@ -10,15 +10,18 @@ import argparse
 import json
 import statistics
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from configs.schema import ENACT_CHOICES
+
 COLUMNS = ("AP", "AP50", "APS", "APM", "APL")
 POSITIONS = (0, 1, 3, 4, 5)  # of COLUMNS among COCO's twelve figures
-# Fields of the config that change what ENACT does; those that a run left alone are not shown.
-CHOICES = ("regions", "pooling", "cluster_bias", "max_clusters", "token_order")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,7 +54,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     return {
         "model": config["model"],
         "enact": config["enact"],
-        "choices": {name: config[name] for name in CHOICES if config.get(name) not in (None, "raster")},
+        "choices": choices_of(config),
         "seed": config["seed"],
         "epochs": len(records),
         "seconds_per_epoch": statistics.median(record["train_seconds"] for record in records),
@@ -81,10 +84,15 @@ def to_markdown(runs: list[dict[str, Any]]) -> str:
 
 
 def encoder_of(run: dict[str, Any]) -> str:
-    """What a row calls the encoder of a run."""
+    """What tables and titles call an encoder; `run` needs "enact" and "choices" alone."""
     if not run["enact"]:
         return "dense"
     return ", ".join([f"ENACT {run['enact']}", *(f"{name} {choice}" for name, choice in run["choices"].items())])
+
+
+def choices_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a config that change what its variant of ENACT does."""
+    return {name: config[name] for name, usual in ENACT_CHOICES.items() if config.get(name, usual) != usual}
 
 
 def mean(group: list[dict[str, Any]], name: str) -> float:

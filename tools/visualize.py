@@ -38,6 +38,7 @@ from main import pick_device
 from models import build_model_from, build_postprocessor, load_weights
 from tools.clusters_plot import draw_contact_sheet, draw_layer, save
 from tools.clusters_view import Explanation, LayerView, Point, explain
+from tools.results import choices_of, encoder_of
 from util import checkpoint
 from util.errors import InputError
 from util.logs import set_up_console
@@ -194,10 +195,8 @@ def draw_all(
 
 def describe_encoder(config: Config) -> str:
     """For titles."""
-    if config.enact is None:
-        return f"{config.model}, dense"
-    order = "" if config.token_order == "raster" else f", {config.token_order} order"
-    return f"{config.model}, ENACT {config.enact}{order}"
+    encoder = encoder_of({"enact": config.enact, "choices": choices_of(vars(config))})
+    return f"{config.model}, {encoder}"
 
 
 def explain_file(
