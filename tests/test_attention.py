@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from enact import EnactAttention
+from enact.attention import biased_attention
 from enact.method import Method
 
 
@@ -225,3 +226,14 @@ def test_with_a_cluster_a_token_it_is_multihead_attention_in_every_form(options:
         single = [tensor[image] for tensor in (query, key, value)]
         expected = dense(*single, key_padding_mask=mask[image])
         assert_close(attention(*single, key_padding_mask=mask[image]), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_a_bias_is_added_to_the_logits_of_its_cluster(scale: float) -> None:
+    """The extra channel against the formula, gradients of the bias included."""
+    query, key, value = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 6)
+    bias = torch.randn(2, 7).requires_grad_()
+    expected = (query @ key.transpose(2, 3) * scale + bias[:, None, None]).softmax(-1) @ value
+    found = biased_attention(query, key, value, bias, dropout=0.0, scale=scale)
+    assert_close(found, expected)
+    assert_close(*(torch.autograd.grad(result.square().sum(), bias)[0] for result in (found, expected)))

@@ -26,6 +26,12 @@ def test_without_data_the_small_recipe_is_laid_over_the_row() -> None:
     }
 
 
+@pytest.mark.parametrize(("model", "epochs"), [("detr", 12), ("conditional_detr", 6), ("anchor_detr", 6)])
+def test_without_data_a_detector_with_reference_points_trains_for_half_as_long(model: str, epochs: int) -> None:
+    config = parse_args(["--model", model])
+    assert (config.epochs, config.lr_drop, config.hidden_dim) == (epochs, epochs * 2 // 3, 96)
+
+
 def test_coco_gets_the_published_recipe() -> None:
     dense, clustered = (parse_args(["--coco_path", "COCO", *flags]) for flags in ([], ["--enact"]))
     assert (dense.lr, clustered.lr) == (1e-4, 5e-5)

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from enact import EnactAttention, EnactRowColumnAttention
+from enact.method import Method
+from enact.order import hilbert
 from models import build_model, load_weights
 from models.backbone import Backbone
 from models.checkpoints import to_published
@@ -242,3 +245,16 @@ def test_an_incomplete_published_attention_is_not_made_up() -> None:
     del state[f"{attention}.W_k.weight"]
     with pytest.raises(ValueError, match=r"encoder.layers.0.self_attn.in_proj_weight is missing"):
         load_weights(model, state)
+
+
+@pytest.mark.parametrize("name", ["detr", "conditional_detr", "anchor_detr"])
+def test_choices_within_enact_reach_every_layer(name: str) -> None:
+    choices = {"regions": "uniform", "pooling": "mean", "cluster_bias": "size", "max_clusters": 9}
+    model = build_model(name, "paper", **SMALL, **choices, token_order="hilbert", smoothing_sigma=2.0)
+    layers = [module for module in model.modules() if isinstance(module, EnactAttention | EnactRowColumnAttention)]
+    assert len(layers) == SMALL["enc_layers"]
+    for layer in layers:
+        assert layer.method == Method(**choices)  # type: ignore[arg-type]
+        assert layer.information.smoothing_sigma == 2.0
+    ordered = layers if name == "anchor_detr" else [model]
+    assert all(module.token_order is hilbert for module in ordered)
