@@ -15,7 +15,14 @@ import yaml
 
 CONFIG_DIR = Path(__file__).parent
 # Fields that say what ENACT does, and their values where nothing is chosen.
-ENACT_CHOICES = {"regions": None, "pooling": None, "cluster_bias": None, "max_clusters": None, "token_order": "raster"}
+ENACT_CHOICES = {
+    "regions": None,
+    "pooling": None,
+    "cluster_bias": None,
+    "boundary": None,
+    "max_clusters": None,
+    "token_order": "raster",
+}
 ModelName = Literal["detr", "conditional_detr", "anchor_detr"]
 EnactVariant = Literal["paper", "official", "plus"]
 
@@ -38,6 +45,8 @@ class Config:
     """What a token weighs in its cluster."""
     cluster_bias: Literal["none", "size", "mass"] | None = None
     """What a cluster counts for in the attention: as one key, its tokens, or its share of the probability."""
+    boundary: Literal["hard", "soft"] | None = None
+    """Whether the tokens beside a cut belong to both clusters, so that cuts learn where to be."""
     token_order: Literal["raster", "serpentine", "windows", "hilbert"] = "raster"
     """The order of the tokens that is cut into clusters."""
 

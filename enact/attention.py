@@ -31,7 +31,8 @@ class EnactAttention(nn.MultiheadAttention):
             clusters as in "paper", in which tokens weigh by their learned probability, and which count for their
             share of it.
         smoothing_sigma: standard deviation, in tokens, of the Gaussian that smooths the information.
-        choices: fields of `Method` to replace the variant's own: regions, pooling, cluster_bias, max_clusters, min_run.
+        choices: fields of `Method` to replace the variant's own: regions, pooling, cluster_bias,
+            boundary, max_clusters, min_run.
 
     Source: arXiv 2409.07541; `variant` is explained in the README's table of deviations.
     """
@@ -71,7 +72,7 @@ class EnactAttention(nn.MultiheadAttention):
         self._reset_parameters()
         self._qkv_same_embed_dim = False
         nn.init.xavier_uniform_(self.out_proj.weight)
-        self.information.reset_parameters()
+        self.information.reset_parameters(self.method.initial_gain)
         if self.variant != "official":
             return
         for projection in self._projections().weights:
@@ -175,8 +176,12 @@ class EnactAttention(nn.MultiheadAttention):
         attention = logits.softmax(-1) / (self.head_dim if self.variant == "official" else 1.0)
         attention, extra = attention.tensor_split([clusters.num_clusters], dim=-1)
         attention = F.pad(attention, (0, 1))  # the slot of tokens that belong to no cluster
-        index = clusters.index[:, None, None].expand(-1, *attention.shape[1:3], -1)
-        return torch.cat([attention.gather(3, index) * clusters.weight[:, None, None].to(attention.dtype), extra], -1)
+        tokens = sum(
+            attention.gather(3, index[:, None, None].expand(-1, *attention.shape[1:3], -1))
+            * weight[:, None, None].to(attention.dtype)
+            for index, weight in clusters.memberships()
+        )
+        return torch.cat([tokens, extra], -1)
 
 
 def biased_attention(

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from enact.information import filter_tokens
@@ -21,6 +22,9 @@ Regions = Literal["sign_change", "uniform", "random", "chunks", "image_chunks", 
 # Added to the logit of a cluster that an image does not have: its weight is then exactly 0. Not an infinity, which
 # would make gradients NaN, and in the range of half precision when divided by a usual attention scale.
 ABSENT = -5000.0
+
+# Of the mean absolute curvature of an image: how near to zero a curvature is for its token to belong to two clusters.
+SOFTNESS = 0.25
 
 
 class Partition(NamedTuple):
@@ -46,6 +50,17 @@ class Partition(NamedTuple):
         return Partition(index, self.count, most, full=fewest == most)
 
 
+class Shared(NamedTuple):
+    """A cluster of each token, as in `Partition`, and the token's weight there: both (B, N)."""
+
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index
+    weight: Tensor
+
+    def in_token_order(self, order: Tensor) -> Shared:
+        """The same for tokens that stood at `order` (B, N) before they were sorted."""
+        return Shared(*(torch.empty_like(column).scatter(1, order, column) for column in self))
+
+
 class Clusters(NamedTuple):
     """A partition of each image's tokens, with the weight of each token in its cluster.
 
@@ -53,6 +68,8 @@ class Clusters(NamedTuple):
     weight: (B, N), sums to 1 within each cluster, 0 for a token that belongs to none.
     bias: (B, T), to be added to the attention logits of each cluster: what the cluster counts for, and `ABSENT` for
         one that the image does not have. None: nothing to add.
+    shared: a second cluster for the tokens at its edge, and their weights there, which then count among those that
+        sum to 1. None: every token belongs to one cluster alone.
     """
 
     index: Tensor  # type: ignore[assignment]  # hides tuple.index
@@ -60,16 +77,23 @@ class Clusters(NamedTuple):
     num_clusters: int
     weight: Tensor
     bias: Tensor | None
+    shared: Shared | None = None
 
     def pool(self, tokens: Tensor) -> Tensor:
         """The weighted sum of the tokens of each cluster: (B, N, C) -> (B, T, C); 0 past an image's count."""
         batch, _, channels = tokens.shape
         slots = self.num_clusters + 1  # the last one takes the tokens that belong to no cluster
         first_slot = torch.arange(batch, device=tokens.device).unsqueeze(1) * slots
-        weighted = (tokens * self.weight.unsqueeze(-1)).flatten(0, 1)
-        pooled = weighted.new_zeros(batch * slots, channels)
-        pooled = pooled.index_add(0, (self.index + first_slot).flatten(), weighted)
+        pooled = tokens.new_zeros(batch * slots, channels, dtype=torch.promote_types(tokens.dtype, self.weight.dtype))
+        for index, weight in self.memberships():
+            weighted = (tokens * weight.unsqueeze(-1)).flatten(0, 1)
+            pooled = pooled.index_add(0, (index + first_slot).flatten(), weighted)
         return pooled.view(batch, slots, channels)[:, :-1].to(tokens.dtype)
+
+    def memberships(self) -> list[Shared]:
+        """Each way in which tokens belong to clusters: one, or two with a soft boundary."""
+        own = Shared(self.index, self.weight)
+        return [own] if self.shared is None else [own, self.shared]
 
     def pad_mask(self) -> Tensor:
         """(B, T) bool, True where the image has no such cluster."""
@@ -77,10 +101,9 @@ class Clusters(NamedTuple):
 
     def in_token_order(self, order: Tensor) -> Clusters:
         """The same clusters for tokens that stood at `order` (B, N) before they were sorted."""
-        return self._replace(
-            index=torch.empty_like(self.index).scatter(1, order, self.index),
-            weight=torch.empty_like(self.weight).scatter(1, order, self.weight),
-        )
+        index, weight = Shared(self.index, self.weight).in_token_order(order)
+        shared = None if self.shared is None else self.shared.in_token_order(order)
+        return self._replace(index=index, weight=weight, shared=shared)
 
 
 def beyond(count: Tensor, total: int) -> Tensor:
@@ -141,14 +164,44 @@ def partition_tokens(
         return partition.cut()
 
 
-def curvature_sign(smoothed: Tensor) -> Tensor:
-    """(B, N) bool, True where the sequence bends down: 2 s[n] - s[n-1] - s[n+1] > 0, zero outside (spec 2.3)."""
-    return filter_tokens(smoothed, smoothed.new_tensor([-1.0, 2.0, -1.0])) > 0
+def share_edges(smoothed: Tensor, partition: Partition) -> tuple[Partition, Tensor]:
+    """Let the tokens on both sides of a cut belong to both clusters, so that a gradient moves the cut.
+
+    A token at the edge of its cluster belongs to it for sigmoid(|c| / tau), c its curvature and tau `SOFTNESS` times the
+    mean |c| of the image, and to the cluster beyond the cut for the rest: half and half where the sign is about to
+    change, after which it would be on the other side of the cut, half and half again. (What remains of a jump: its
+    neighbour then starts to share, and a cluster may appear or go.)
+
+    Args:
+        smoothed: (B, N), from which the partition was made.
+        partition: by "sign_change".
+
+    Returns:
+        The partition with an index (B, 2 N), every token's own cluster and then its second one, if any; and the
+        logarithms of the shares in both, (B, 2 N).
+    """
+    index, none = partition.index, partition.num_clusters
+    before = torch.cat([index[:, :1], index[:, :-1]], 1)
+    behind = F.pad(index[:, 1:], (0, 1), value=none)
+    second = torch.where(before != index, before, torch.where(behind != index, behind, none))
+    real = index != none
+    second = second.masked_fill(~real, none)
+    shared = second != none
+    bend = curvature(smoothed).abs() * real
+    mean = bend.detach().sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp(min=1)
+    tau = SOFTNESS * mean.clamp(min=torch.finfo(bend.dtype).tiny)
+    shares = [F.logsigmoid(bend / tau).masked_fill(~shared, 0), F.logsigmoid(-bend / tau).masked_fill(~shared, 0)]
+    return partition._replace(index=torch.cat([index, second], 1)), torch.cat(shares, 1)
+
+
+def curvature(smoothed: Tensor) -> Tensor:
+    """(B, N), above 0 where the sequence bends down: 2 s[n] - s[n-1] - s[n+1], zero outside (spec 2.3)."""
+    return filter_tokens(smoothed, smoothed.new_tensor([-1.0, 2.0, -1.0]))
 
 
 def sign_changes(smoothed: Tensor) -> Tensor:
     """(B, N) bool, True for a token whose curvature has another sign than that of the token before it."""
-    bends_down = curvature_sign(smoothed)
+    bends_down = curvature(smoothed) > 0
     return torch.cat([torch.zeros_like(bends_down[:, :1]), bends_down[:, 1:] != bends_down[:, :-1]], dim=1)
 
 

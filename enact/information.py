@@ -82,9 +82,9 @@ class Information(nn.Module):
         self.probability = nn.Linear(embed_dim, 1, device=device, dtype=dtype)
         self.register_buffer("gaussian", gaussian_taps(smoothing_sigma).to(device), persistent=False)
 
-    def reset_parameters(self) -> None:
-        """Xavier, as the released code (spec 3.3, item 21)."""
-        nn.init.xavier_uniform_(self.probability.weight)
+    def reset_parameters(self, gain: float = 1.0) -> None:
+        """Xavier times `gain`; 1 as the released code (spec 3.3, item 21)."""
+        nn.init.xavier_uniform_(self.probability.weight, gain)
         nn.init.zeros_(self.probability.bias)
 
     def logits(self, keys: Tensor) -> Tensor:

@@ -16,9 +16,11 @@ from enact.clustering import (
     Clusters,
     Partition,
     Regions,
+    Shared,
     beyond,
     log_mass,
     partition_tokens,
+    share_edges,
     softmax_in_clusters,
 )
 from enact.information import Information
@@ -26,6 +28,7 @@ from enact.information import Information
 Variant = Literal["paper", "official", "plus"]
 Pooling = Literal["information", "scaled_information", "probability", "mean"]
 ClusterBias = Literal["none", "size", "mass"]
+Boundary = Literal["hard", "soft"]
 _Count = TypeVar("_Count", int, Tensor)
 
 
@@ -46,23 +49,34 @@ class Method:
             "mass": the logarithm of N times its share of the learned probability. With a uniform probability that is
                 "size". Attention is then what dense attention would be with p as a prior over keys, if the keys of a
                 cluster were equal; and the probability gets a gradient through every logit.
+        boundary: "hard" (the paper's): a token belongs to one cluster, and no gradient says where to cut. "soft": the
+            tokens beside a cut belong to both clusters, the more so the nearer to zero their curvature is; see
+            `share_edges`. Only with regions "sign_change".
         max_clusters: the most clusters that an image may have; neighbours are merged evenly beyond. None: one for
             `min_run` tokens.
         min_run: the shortest mean cluster. The regions of noise are 5.5 tokens long on average, whatever sigma from 3
             up (spec 2.7), so that 4 is hardly ever felt.
+        initial_gain: of the first weights of the probability layer. 1: as the released code draws them. Where the
+            probability is a prior over keys, small ones start it near uniform: attention is then what dense
+            attention would be if the keys of a cluster were equal.
     """
 
     regions: Regions = "sign_change"
     pooling: Pooling = "information"
     cluster_bias: ClusterBias = "none"
+    boundary: Boundary = "hard"
     max_clusters: int | None = None
     min_run: int = 4
+    initial_gain: float = 1.0
 
     def __post_init__(self) -> None:
         """Refuse unknown names and impossible numbers (ValueError)."""
-        for name, choices in (("regions", Regions), ("pooling", Pooling), ("cluster_bias", ClusterBias)):
+        fields = {"regions": Regions, "pooling": Pooling, "cluster_bias": ClusterBias, "boundary": Boundary}
+        for name, choices in fields.items():
             if getattr(self, name) not in get_args(choices):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {getattr(self, name)!r}")
+        if self.boundary == "soft" and self.regions != "sign_change":
+            raise ValueError(f"boundary soft needs regions sign_change, got {self.regions}")
         if self.min_run < 1 or (self.max_clusters is not None and self.max_clusters < 1):
             raise ValueError("max_clusters and min_run must be 1 or more")
 
@@ -74,7 +88,7 @@ class Method:
 VARIANTS: dict[Variant, Method] = {
     "paper": Method(),
     "official": Method(regions="chunks", min_run=2),
-    "plus": Method(pooling="probability", cluster_bias="mass"),
+    "plus": Method(pooling="probability", cluster_bias="mass", initial_gain=0.1),
 }
 
 
@@ -134,9 +148,14 @@ def form_clusters(logits: Tensor, information: Information, method: Method, real
     lengths = tokens.lengths()
     limit = torch.zeros_like(lengths) + method.budget(lengths)
     partition = partition_tokens(method.regions, tokens.smoothed, real, limit.squeeze(1), method.budget(largest))
-    weight = softmax_in_clusters(_pooling_scores(tokens, method.pooling), partition)
-    bias = _bias(tokens, method.cluster_bias, partition)
-    return Clusters(partition.index, partition.count, partition.num_clusters, weight, bias)
+    pooling, counting = _pooling_scores(tokens, method.pooling), _counting_scores(tokens, method.cluster_bias)
+    if method.boundary == "hard":
+        weight = softmax_in_clusters(pooling, partition)
+        return Clusters(*partition[:3], weight, _bias(counting, partition))
+    both, shares = share_edges(tokens.smoothed, partition)
+    weight, second_weight = softmax_in_clusters(pooling.repeat(1, 2) + shares, both).chunk(2, 1)
+    bias = _bias(None if counting is None else counting.repeat(1, 2) + shares, both)
+    return Clusters(*partition[:3], weight, bias, Shared(both.index[:, largest:], second_weight))
 
 
 def _pooling_scores(tokens: _Tokens, pooling: Pooling) -> Tensor:
@@ -150,14 +169,21 @@ def _pooling_scores(tokens: _Tokens, pooling: Pooling) -> Tensor:
     return tokens.smoothed
 
 
-def _bias(tokens: _Tokens, cluster_bias: ClusterBias, partition: Partition) -> Tensor | None:
+def _counting_scores(tokens: _Tokens, cluster_bias: ClusterBias) -> Tensor | None:
+    """(B, N): a cluster counts for the sum of the exponentials of these; None: for one."""
+    if cluster_bias == "none":
+        return None
+    if cluster_bias == "size":
+        return torch.zeros_like(tokens.logits)
+    if tokens.real is None:
+        return tokens.logits.log_softmax(1) + tokens.lengths().log()
+    masked = tokens.logits.masked_fill(~tokens.real, torch.finfo(tokens.logits.dtype).min)
+    return masked.log_softmax(1).masked_fill(~tokens.real, 0) + tokens.lengths().log()
+
+
+def _bias(counting: Tensor | None, partition: Partition) -> Tensor | None:
     """(B, T), or None where every image has T clusters and none counts for more than another."""
     absent = beyond(partition.count, partition.num_clusters)
-    if cluster_bias == "none":
+    if counting is None:
         return None if partition.full else absent * ABSENT
-    scores = torch.zeros_like(tokens.logits)
-    if cluster_bias == "mass":
-        real = torch.ones_like(tokens.logits, dtype=torch.bool) if tokens.real is None else tokens.real
-        scores = tokens.logits.masked_fill(~real, torch.finfo(tokens.logits.dtype).min).log_softmax(1)
-        scores = scores.masked_fill(~real, 0) + tokens.lengths().log()
-    return log_mass(scores, partition)[:, :-1].masked_fill(absent, ABSENT)
+    return log_mass(counting, partition)[:, :-1].masked_fill(absent, ABSENT)

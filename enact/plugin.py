@@ -130,7 +130,7 @@ class EnactProjectedAttention(EnactAttention):
 
     def reset_parameters(self) -> None:
         """Draw new parameters for what is ours; the projections are modules that draw their own."""
-        self.information.reset_parameters()
+        self.information.reset_parameters(self.method.initial_gain)
 
     @property
     def out_proj(self) -> nn.Module:  # type: ignore[override]

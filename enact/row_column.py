@@ -91,6 +91,8 @@ class EnactRowColumnAttention(nn.Module):
         self.out_proj.reset_parameters()
         nn.init.zeros_(self.out_proj.bias)
         self.information.probability.reset_parameters()
+        with torch.no_grad():
+            self.information.probability.weight.mul_(self.method.initial_gain)
 
     def clusters(self, key_row: Tensor, key_padding_mask: Tensor | None = None) -> Clusters:
         """The clusters of the cells: `key_row` (B, H, W, C); `key_padding_mask` (B, H, W) bool, True where padded."""

@@ -91,6 +91,7 @@ def _enact_options(config: Config) -> dict[str, Any]:
         "regions": config.regions,
         "pooling": config.pooling,
         "cluster_bias": config.cluster_bias,
+        "boundary": config.boundary,
         "max_clusters": config.max_clusters,
     }
 

@@ -12,10 +12,11 @@ from torch.testing import assert_close
 
 from enact.clustering import (
     ABSENT,
+    SOFTNESS,
     Clusters,
     Partition,
     Regions,
-    curvature_sign,
+    curvature,
     log_mass,
     partition_tokens,
     softmax_in_clusters,
@@ -116,7 +117,7 @@ def test_chunk_length_is_rounded_half_to_even(tokens: int, length: int) -> None:
     """Two runs in 11 tokens are 5.5 each, in 13 tokens 6.5: both give 6."""
     smoothed = torch.ones(1, tokens)
     smoothed[0, : tokens // 2] = torch.linspace(0, 1, tokens // 2) ** 2  # bends up, then down from somewhere on
-    runs = 1 + int((curvature_sign(smoothed)[0, 1:] != curvature_sign(smoothed)[0, :-1]).sum())
+    runs = 1 + int(((curvature(smoothed) > 0)[0].int().diff() != 0).sum())
     expected = round(tokens / runs)
     assert cut(smoothed, "chunks").num_clusters == tokens // expected
 
@@ -251,6 +252,66 @@ def test_a_place_puts_the_tokens_into_the_order_that_is_cut() -> None:
     found = cluster_keys(tokens, mask, Information(8, 3.0), Method(), place)
     assert_close(found.index[:, sequence], expected.index)
     assert_close(found.weight[:, sequence], expected.weight)
+
+
+def test_tokens_beside_a_cut_belong_to_both_clusters_by_how_nearly_they_bend_neither_way() -> None:
+    tokens = torch.randn(2, 40, 8)
+    mask = torch.arange(40) >= torch.tensor([[40], [23]])
+    hard, logits = form(tokens, mask, pooling="probability", cluster_bias="size")
+    soft, _ = form(tokens, mask, pooling="probability", cluster_bias="size", boundary="soft")
+    assert_close(soft.index, hard.index)
+    assert soft.bias is not None
+    for image, real in ((0, 40), (1, 23)):
+        bend = curvature(Information(8, 3.0)(logits[image : image + 1, :real]))[0].abs()
+        own = (bend / (SOFTNESS * bend.mean())).sigmoid()
+        index, shares = hard.index[image].tolist(), torch.zeros(soft.num_clusters, real)
+        for n in range(real):
+            neighbours = [m for m in (n - 1, n + 1) if 0 <= m < real and index[m] != index[n]]
+            shares[index[n], n] = own[n] if neighbours else 1
+            if neighbours:
+                shares[index[neighbours[0]], n] = 1 - own[n]
+        weights = shares * logits[image, :real].exp()
+        weights = weights / weights.sum(1, keepdim=True).clamp(min=1e-30)
+        assert_close(soft.pool(tokens)[image], weights @ tokens[image, :real], atol=1e-5, rtol=1e-4)
+        count = int(soft.count[image])
+        assert_close(soft.bias[image, :count], shares.sum(1).log()[:count], atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_soft_boundary_moves_with_a_smaller_jump() -> None:
+    """Where a token's curvature changes its sign the token itself moves without one; its neighbour starts to share."""
+    tokens = torch.randn(1, 60, 4, dtype=torch.float64)
+    jumps = {}
+    for boundary in ("hard", "soft"):
+        torch.manual_seed(3)
+        information = Information(4, 3.0).double()
+        method = Method(pooling="mean", boundary=boundary)  # type: ignore[arg-type]
+        steps = [cluster_keys(tokens + 2e-4 * t * tokens.flip(1), None, information, method) for t in range(2000)]
+        one, two = next(
+            (one, two)
+            for one, two in pairwise(steps)
+            if one.num_clusters == two.num_clusters and not torch.equal(one.index, two.index)
+        )
+        jumps[boundary] = float((one.pool(tokens) - two.pool(tokens)).abs().max())
+    assert jumps["hard"] > 0.1
+    assert jumps["soft"] < 0.2 * jumps["hard"]
+
+
+def test_a_gradient_moves_soft_boundaries_only() -> None:
+    """With equal weights in a cluster nothing but the boundary depends on the probability."""
+    for boundary, learns in (("hard", False), ("soft", True)):
+        information, tokens = Information(8, 3.0), torch.randn(1, 40, 8)
+        method = Method(pooling="mean", boundary=boundary)  # type: ignore[arg-type]
+        pooled = cluster_keys(tokens, None, information, method).pool(tokens)
+        assert pooled.requires_grad == learns
+        if learns:
+            (gradient,) = torch.autograd.grad(pooled.square().sum(), information.probability.weight)
+            assert gradient.abs().sum() > 0
+
+
+def test_a_soft_boundary_needs_regions_that_bend() -> None:
+    with pytest.raises(ValueError, match="boundary soft needs regions sign_change, got uniform"):
+        Method(regions="uniform", boundary="soft")
 
 
 def test_unknown_choices_are_named() -> None:

@@ -2,6 +2,7 @@
 
 Every arm is `main.py` with flags of its own, three seeds each, on the built-in scenes unless --coco_path is among the
 flags after `--`. Arms whose run is finished are not run again, so that the command can be repeated after a failure.
+--include adds the finished runs of another table, where their model is that of the arms.
 Writes results/ablation.json (every figure), .md (a table) and .png (AP of each arm, a dot a seed).
 
     python tools/ablation.py --arms dense paper uniform --seeds 1 2 3 --jobs 2 -- --model conditional_detr
@@ -10,6 +11,7 @@ Writes results/ablation.json (every figure), .md (a table) and .png (AP of each 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -37,6 +39,7 @@ ARMS: dict[str, list[str]] = {
     # One change at a time.
     "scaled": ["--enact", "paper", "--pooling", "scaled_information"],
     "probability": ["--enact", "paper", "--pooling", "probability"],
+    "soft": ["--enact", "paper", "--boundary", "soft"],
     "size": ["--enact", "paper", "--cluster_bias", "size"],
     "serpentine": ["--enact", "paper", "--token_order", "serpentine"],
     "windows": ["--enact", "paper", "--token_order", "windows"],
@@ -45,6 +48,7 @@ ARMS: dict[str, list[str]] = {
     "plus": ["--enact", "plus"],
     "plus_hilbert": ["--enact", "plus", "--token_order", "hilbert"],
     "plus_windows": ["--enact", "plus", "--token_order", "windows"],
+    "plus_soft": ["--enact", "plus", "--boundary", "soft"],
     "plus_uniform": ["--enact", "plus", "--regions", "uniform"],
 }
 
@@ -57,12 +61,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a thread each if there are several")
     parser.add_argument("--output_dir", type=Path, required=True, help="a folder for the runs")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "ablation", help="without suffix")
+    parser.add_argument("--include", nargs="*", type=Path, default=[], metavar="FILE", help="results/*.json of other runs")
     parser.add_argument("flags", nargs="*", help="of main.py, for every arm, after --")
     options = parser.parse_args(argv)
     folders = {(arm, seed): options.output_dir / f"{arm}_{seed}" for seed in options.seeds for arm in options.arms}
     missing = {key: folder for key, folder in folders.items() if not is_finished(folder)}
     failed = train_all(missing, options.flags, options.jobs)
     runs = [read_run(folder) for folder in folders.values() if is_finished(folder)]
+    models = {run["model"] for run in runs}
+    for file in options.include:
+        runs += [run for run in json.loads(file.read_text()) if run["model"] in models]
     if runs:
         write_table(runs, options.output)
         save_plot(runs, options.output.with_suffix(".png"))
