@@ -167,8 +167,8 @@ def partition_tokens(
 def share_edges(smoothed: Tensor, partition: Partition) -> tuple[Partition, Tensor]:
     """Let the tokens on both sides of a cut belong to both clusters, so that a gradient moves the cut.
 
-    A token at the edge of its cluster belongs to it for sigmoid(|c| / tau), c its curvature and tau `SOFTNESS` times the
-    mean |c| of the image, and to the cluster beyond the cut for the rest: half and half where the sign is about to
+    A token at the edge of its cluster belongs to it for sigmoid(|c| / tau), c its curvature and tau `SOFTNESS` times
+    the mean |c| of the image, and to the cluster beyond the cut for the rest: half and half where the sign is about to
     change, after which it would be on the other side of the cut, half and half again. (What remains of a jump: its
     neighbour then starts to share, and a cluster may appear or go.)
 

@@ -84,6 +84,10 @@ class Method:
         """The number of clusters that `tokens` tokens may have."""
         return (tokens + self.min_run - 1) // self.min_run if self.max_clusters is None else self.max_clusters
 
+    def most_clusters(self, tokens: int) -> int:
+        """The most clusters that an image of `tokens` tokens gets."""
+        return tokens if self.regions == "tokens" else int(self.budget(tokens))
+
 
 VARIANTS: dict[Variant, Method] = {
     "paper": Method(),

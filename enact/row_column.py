@@ -6,6 +6,7 @@ Shapes: B batch, H x W cells, N = H * W of them in raster order, T clusters, C c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from enact.clustering import Clusters
 from enact.information import Information
 from enact.method import Variant, cluster_keys, method_of
 from enact.order import TokenOrder
+from enact.packing import cluster_packed
 
 # Which fifth of the packed projection serves the row query, column query, row key, column key and value. The
 # released code hands the pooled keys to the fifths that Anchor DETR trains for queries (spec 3.1, item 8).
@@ -129,6 +131,37 @@ class EnactRowColumnAttention(nn.Module):
         result: Tensor = self.out_proj(attended.transpose(1, 2).flatten(2))
         return result.view_as(value)
 
+    def attend_packed(
+        self,
+        query_row: Tensor,
+        query_col: Tensor,
+        key_row: Tensor,
+        key_col: Tensor,
+        value: Tensor,
+        lengths: Sequence[int],
+        slots: Tensor,
+    ) -> Tensor:
+        """As `forward` for the real cells alone of images that stand one behind the other, in the order to be cut.
+
+        Args:
+            query_row, query_col, key_row, key_col, value: (S, C), S the sum of the lengths.
+            lengths, slots: as in `EnactAttention.attend_packed`.
+
+        Returns:
+            (S, C).
+        """
+        if self.variant == "official":
+            raise ValueError("ENACT official averages queries over rows and columns, so it needs the whole map")
+        clusters = cluster_packed(key_row, lengths, slots, self.information, self.method)
+        pooled = (clusters.pool(tokens) for tokens in (key_row, key_col, value))
+        heads = self._project(*(tokens.unsqueeze(0) for tokens in (query_row, query_col, *pooled)))
+        counts = list(clusters.counts)
+        query = torch.split(torch.cat(heads[:2], -1), list(lengths), 2)  # each (1, h, n, 2 D)
+        key = torch.split(torch.cat(heads[2:4], -1), counts, 2)
+        images = zip(query, key, torch.split(heads.value, counts, 2), clusters.biases(), strict=True)
+        pieces = [self.out_proj(self._softmax(*image).transpose(1, 2).flatten(2)) for image in images]
+        return torch.cat(pieces, 1).squeeze(0)
+
     def _project(self, *inputs: Tensor) -> Heads:
         weights, biases = self.in_proj_weight.chunk(5), self.in_proj_bias.chunk(5)
         return Heads(*(
@@ -142,9 +175,12 @@ class EnactRowColumnAttention(nn.Module):
         queries = (query.expand(-1, -1, height, width, -1) for query in (heads.query_row, heads.query_col))
         query = torch.cat(tuple(queries), -1).flatten(2, 3)  # (B, h, N, 2 D)
         key = torch.cat((heads.key_row, heads.key_col), -1)  # (B, h, T, 2 D)
-        dropout = self.dropout if self.training else 0.0
-        attended = biased_attention(query, key, heads.value, bias, dropout, self.head_dim**-0.5)
+        attended = self._softmax(query, key, heads.value, bias)
         return attended * self._mass(heads, bias) if self.variant == "official" else attended
+
+    def _softmax(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        return biased_attention(query, key, value, bias, dropout, self.head_dim**-0.5)
 
     def _mass(self, heads: Heads, bias: Tensor | None) -> Tensor:
         """What the product of the two distributions sums to for each cell, (B, h, N, 1); arguments as `_attend`."""

@@ -18,7 +18,7 @@ from torch import nn
 from configs.schema import Config, recipe
 from enact import EnactAttention, EnactRowColumnAttention
 from enact.order import token_order
-from models.anchor_detr import AnchorDecoder, AnchorDetr, RowColumnAttention, RowColumnEncoder
+from models.anchor_detr import AnchorDecoder, AnchorDetr, RowColumnEncoder
 from models.backbone import Backbone
 from models.checkpoints import load_weights, warm_start
 from models.conditional_detr import ConditionalDecoder, ConditionalDetr
@@ -28,6 +28,7 @@ from models.encoder import Encoder
 from models.matcher import ClassCost, HungarianMatcher, focal_class_cost, softmax_class_cost
 from models.position_encoding import build_position_embedding
 from models.postprocess import Postprocessor, focal_detections, softmax_detections
+from models.row_column import RowColumnAttention
 
 __all__ = ["build_criterion", "build_model", "build_postprocessor", "load_weights", "warm_start"]
 
@@ -192,6 +193,8 @@ def _anchor_detr(config: Config) -> AnchorDetr:
         spatial_prior=config.spatial_prior,
         embed_dim=config.hidden_dim,
         aux_loss=config.aux_loss,
+        skip_padding=config.enact not in (None, "official"),
+        token_order=token_order(config.token_order),
     )
 
 

@@ -1,7 +1,7 @@
 """Anchor DETR with row-column decoupled attention (arXiv 2109.07107; spec 6.3).
 
-Shapes: B images, H x W cells of the feature map, Q queries, C channels, h heads, D channels a head, K classes,
-L decoder layers. Feature maps are (B, H, W, C). "Row" is what varies along a row (x), "column" along a column (y).
+Shapes: B images, H x W cells of the feature map, S real cells of a batch, Q queries, C channels, K classes, L decoder
+layers. Feature maps are (B, H, W, C). "Row" is what varies along a row (x), "column" along a column (y).
 """
 
 from __future__ import annotations
@@ -11,99 +11,21 @@ from copy import deepcopy
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.backbone import Backbone
-from models.layers import MLP, boxes_around, collect_outputs, feature_pad_mask, split_heads, start_at_anchors
+from models.layers import (
+    MLP,
+    Dropout,
+    boxes_around,
+    collect_outputs,
+    feature_pad_mask,
+    feed_forward,
+    start_at_anchors,
+)
+from models.packing import Packing, TokenOrder, attend_packed, padding_of
 from models.position_encoding import sine_embedding
-
-
-class RowColumnAttention(nn.Module):
-    """Attention to a feature map as the product of one distribution over its columns and one over its rows.
-
-        A_row[q, x] = softmax_x(q_row . mean_y k_row[y, x])      A_col[q, y] = softmax_y(q_col . mean_x k_col[y, x])
-        result[q] = sum_{y, x} A_col[q, y] A_row[q, x] v[y, x]
-
-    Args:
-        embed_dim, num_heads: C and h.
-        dropout: on both distributions.
-
-    Source: spec 6.3. The means run over padding too, as published; the distributions do not.
-    """
-
-    def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.dropout = dropout
-        self.in_proj_weight = nn.Parameter(torch.empty(5 * embed_dim, embed_dim))  # q_row, q_col, k_row, k_col, v
-        self.in_proj_bias = nn.Parameter(torch.zeros(5 * embed_dim))
-        self.out_proj = nn.Linear(embed_dim, embed_dim)
-        nn.init.xavier_uniform_(self.in_proj_weight)
-        nn.init.zeros_(self.out_proj.bias)
-
-    def forward(
-        self,
-        query_row: Tensor,
-        query_col: Tensor,
-        key_row: Tensor,
-        key_col: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor,
-    ) -> Tensor:
-        """Attend.
-
-        Args:
-            query_row, query_col: (B, ..., C), a list of queries or a map of them.
-            key_row, key_col, value: (B, H, W, C).
-            key_padding_mask: (B, H, W) bool, True where padded; the padding is on the right and at the bottom.
-
-        Returns:
-            The shape of `query_row`.
-        """
-        queries = (query.flatten(1, -2) for query in (query_row, query_col))
-        q_row, q_col, k_row, k_col, v = self._project(*queries, key_row.mean(1), key_col.mean(2), value)
-        over_x = self._distribution(q_row, k_row, key_padding_mask[:, 0])  # (B, h, Q, W)
-        over_y = self._distribution(q_col, k_col, key_padding_mask[:, :, 0])  # (B, h, Q, H)
-        attended = sum_over_map(over_y, over_x, v).transpose(1, 2).flatten(2)  # (B, Q, C)
-        result: Tensor = self.out_proj(attended).view_as(query_row)
-        return result
-
-    def _project(self, *inputs: Tensor) -> list[Tensor]:
-        """Each (B, ..., C) through its slice of the packed projection -> (B, h, ..., D)."""
-        slices = zip(inputs, self.in_proj_weight.chunk(5), self.in_proj_bias.chunk(5), strict=True)
-        return [
-            split_heads(F.linear(tokens, weight, bias), self.num_heads)
-            for tokens, weight, bias in slices
-        ]
-
-    def _distribution(self, query: Tensor, key: Tensor, pad_mask: Tensor) -> Tensor:
-        """Query (B, h, Q, D), key (B, h, N, D), pad_mask (B, N) -> (B, h, Q, N)."""
-        logits = query * query.shape[-1] ** -0.5 @ key.transpose(2, 3)
-        weights = logits.masked_fill(pad_mask[:, None, None], float("-inf")).softmax(-1)
-        return F.dropout(weights, self.dropout, self.training)
-
-
-def sum_over_map(over_y: Tensor, over_x: Tensor, value: Tensor) -> Tensor:
-    """Sum a map with separable weights, the longer side first, so that the (Q, H or W, D) between is the smaller one.
-
-    Compiled or exported, rows go first whatever the shape.
-
-    Args:
-        over_y: (B, h, Q, H).
-        over_x: (B, h, Q, W).
-        value: (B, h, H, W, D).
-
-    Returns:
-        (B, h, Q, D).
-    """
-    height, width, channels = value.shape[-3:]
-    if not torch.compiler.is_compiling() and height < width:  # one graph serves both shapes of image
-        over_y, over_x, value = over_x, over_y, value.transpose(2, 3)
-        height, width = width, height
-    rows = (over_y @ value.flatten(3)).view(*over_y.shape[:3], width, channels)
-    result: Tensor = over_x.unsqueeze(-2) @ rows  # (B, h, Q, 1, D)
-    return result.squeeze(-2)
+from models.row_column import RowColumnAttention
 
 
 class FeedForward(nn.Module):
@@ -114,12 +36,11 @@ class FeedForward(nn.Module):
         self.linear1 = nn.Linear(embed_dim, dim_feedforward)
         self.linear2 = nn.Linear(dim_feedforward, embed_dim)
         self.norm2 = nn.LayerNorm(embed_dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""
-        transformed = self.linear2(self.dropout(self.linear1(x).relu()))
-        result: Tensor = self.norm2(x + self.dropout(transformed))
+        result: Tensor = self.norm2(x + self.dropout(feed_forward(x, self.linear1, self.linear2, self.dropout)))
         return result
 
 
@@ -135,13 +56,16 @@ class RowColumnEncoderLayer(nn.Module):
         super().__init__()
         self.self_attn = self_attn
         self.norm1 = nn.LayerNorm(embed_dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.ffn = FeedForward(embed_dim, dim_feedforward, dropout)
 
-    def forward(self, x: Tensor, pos_row: Tensor, pos_col: Tensor, pad_mask: Tensor) -> Tensor:
-        """Map x (B, H, W, C), pos_row (B, 1, W, C), pos_col (B, H, 1, C), pad_mask (B, H, W) -> (B, H, W, C)."""
+    def forward(self, x: Tensor, pos_row: Tensor, pos_col: Tensor, padding: Tensor | Packing) -> Tensor:
+        """As `RowColumnEncoder`."""
         row, col = x + pos_row, x + pos_col
-        attended = self.self_attn(row, col, row, col, x, key_padding_mask=pad_mask)
+        if isinstance(padding, Packing):
+            attended = attend_packed(self.self_attn, row, col, row, col, x, packing=padding)
+        else:
+            attended = self.self_attn(row, col, row, col, x, key_padding_mask=padding)
         result: Tensor = self.ffn(self.norm1(x + self.dropout(attended)))
         return result
 
@@ -166,10 +90,19 @@ class RowColumnEncoder(nn.Module):
         layer = RowColumnEncoderLayer(make_self_attention(), embed_dim, dim_feedforward, dropout)
         self.layers = nn.ModuleList(deepcopy(layer) for _ in range(num_layers))
 
-    def forward(self, x: Tensor, pos_row: Tensor, pos_col: Tensor, pad_mask: Tensor) -> Tensor:
-        """As a layer."""
+    def forward(self, x: Tensor, pos_row: Tensor, pos_col: Tensor, padding: Tensor | Packing) -> Tensor:
+        """Encode.
+
+        Args:
+            x: (B, H, W, C); or (S, C), the real cells of all images one behind the other.
+            pos_row, pos_col: (B, 1, W, C) and (B, H, 1, C); or (S, C).
+            padding: the mask (B, H, W) bool, True where padded; or the `Packing` of the S cells.
+
+        Returns:
+            The shape of `x`.
+        """
         for layer in self.layers:
-            x = layer(x, pos_row, pos_col, pad_mask)
+            x = layer(x, pos_row, pos_col, padding)
         return x
 
 
@@ -187,7 +120,7 @@ class AnchorDecoderLayer(nn.Module):
         self.cross_attn = RowColumnAttention(embed_dim, num_heads, dropout)
         self.norm1 = nn.LayerNorm(embed_dim)
         self.ffn = FeedForward(embed_dim, dim_feedforward, dropout)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, query_pos: QueryPosition, memory: MapTensors, pad_mask: Tensor) -> Tensor:
         """Update the queries.
@@ -280,6 +213,9 @@ class AnchorDetr(nn.Module):
         spatial_prior: "learned" points, which start uniform in the image, or a "grid", see `Lattice`.
         embed_dim: C.
         aux_loss: return the predictions of the earlier decoder layers too.
+        skip_padding: let the encoder compute on real cells only, and leave zeros at the others. For a self-attention
+            with a method `attend_packed` alone; that of the dense model runs over padding, as published.
+        token_order: the order in which packed cells stand; see `Packing`.
     """
 
     def __init__(
@@ -294,9 +230,13 @@ class AnchorDetr(nn.Module):
         spatial_prior: Literal["learned", "grid"] = "learned",
         embed_dim: int = 256,
         aux_loss: bool = True,
+        skip_padding: bool = False,
+        token_order: TokenOrder | None = None,
     ) -> None:
         super().__init__()
         self.aux_loss = aux_loss
+        self.skip_padding = skip_padding
+        self.token_order = token_order
         self.backbone = backbone
         projection = nn.Conv2d(backbone.num_channels, embed_dim, kernel_size=1)
         nn.init.xavier_uniform_(projection.weight)
@@ -318,22 +258,35 @@ class AnchorDetr(nn.Module):
 
         Args:
             images: float (B, 3, H, W), normalised, zero where padded.
-            pad_mask: bool (B, H, W), True where padded.
+            pad_mask: bool (B, H, W), True where padded; in host memory even for a GPU, as in `Detr`.
 
         Returns:
             "pred_logits" (B, Q, K), each for a sigmoid; "pred_boxes" (B, Q, 4) cxcywh in [0, 1] of the image without
             padding; and "aux_outputs", the same two for each earlier decoder layer.
         """
         features = self.backbone(images)
-        pad_mask = feature_pad_mask(pad_mask, features).to(features.device, non_blocking=True)
+        cells = feature_pad_mask(pad_mask, features)
+        pad_mask = cells.to(features.device, non_blocking=True)
         pos_row, pos_col = self._map_position(pad_mask)
-        x = self.input_proj(features).permute(0, 2, 3, 1)
-        x = self.encoder(x, pos_row, pos_col, pad_mask)
+        x = self._encode(self.input_proj(features).permute(0, 2, 3, 1), pos_row, pos_col, cells, pad_mask)
         points_xy, query_pos = self._query_position()
         contents = self.pattern.weight.repeat_interleave(len(self.position.weight), 0).expand(images.shape[0], -1, -1)
         states = self.decoder(contents, query_pos, (x + pos_row, x + pos_col, x), pad_mask)
         boxes = boxes_around(points_xy, self.bbox_embed(states))
         return collect_outputs(self.class_embed(states), boxes, self.aux_loss)
+
+    def _encode(self, x: Tensor, pos_row: Tensor, pos_col: Tensor, cells: Tensor, pad_mask: Tensor) -> Tensor:
+        """Map x (B, H, W, C), positions as in the encoder, the mask (B, H, W) as it came and on the device."""
+        encoded: Tensor
+        if not self.skip_padding:
+            encoded = self.encoder(x, pos_row, pos_col, pad_mask)
+            return encoded
+        padding = padding_of(cells, x.device, self.token_order)
+        if isinstance(padding, Packing):
+            packed = (padding.pack(tokens.expand_as(x).flatten(1, 2)) for tokens in (x, pos_row, pos_col))
+            return padding.to_map(self.encoder(*packed, padding), x.shape[1] * x.shape[2]).view_as(x)
+        encoded = self.encoder(x, pos_row, pos_col, pad_mask)
+        return encoded.masked_fill(pad_mask.unsqueeze(-1), 0)
 
     def _map_position(self, pad_mask: Tensor) -> tuple[Tensor, Tensor]:
         """pad_mask (B, H, W) -> embeddings of x (B, 1, W, C) and of y (B, H, 1, C)."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from models.backbone import Backbone
 from models.detr import Detr
 from models.encoder import Encoder
-from models.layers import MLP, boxes_around, collect_outputs, split_heads, start_at_anchors
+from models.layers import MLP, Dropout, boxes_around, collect_outputs, feed_forward, split_heads, start_at_anchors
 from models.position_encoding import sine_embedding
 
 
@@ -94,10 +94,16 @@ class ConditionalDecoderLayer(nn.Module):
         self.norm1 = nn.LayerNorm(embed_dim)
         self.norm2 = nn.LayerNorm(embed_dim)
         self.norm3 = nn.LayerNorm(embed_dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(
-        self, x: Tensor, query_pos: Tensor, query_sine: Tensor, memory: Tensor, position: Tensor, pad_mask: Tensor
+        self,
+        x: Tensor,
+        query_pos: Tensor,
+        query_sine: Tensor,
+        memory: Tensor,
+        position: Tensor,
+        pad_mask: Tensor | None,
     ) -> Tensor:
         """Update the queries.
 
@@ -106,7 +112,7 @@ class ConditionalDecoderLayer(nn.Module):
             query_pos: (B, Q, C) learned embedding.
             query_sine: (B, Q, C) embedding of the reference points, scaled.
             memory, position: (B, N, C).
-            pad_mask: (B, N) bool, True where padded.
+            pad_mask: (B, N) bool, True where padded, or None.
 
         Returns:
             (B, Q, C).
@@ -114,8 +120,7 @@ class ConditionalDecoderLayer(nn.Module):
         x = self.norm1(x + self.dropout(self._attend_to_queries(x, query_pos)))
         attended = self._attend_to_image(x, query_pos, query_sine, memory, position, pad_mask)
         x = self.norm2(x + self.dropout(attended))
-        transformed = self.linear2(self.dropout(self.linear1(x).relu()))
-        result: Tensor = self.norm3(x + self.dropout(transformed))
+        result: Tensor = self.norm3(x + self.dropout(feed_forward(x, self.linear1, self.linear2, self.dropout)))
         return result
 
     def _attend_to_queries(self, x: Tensor, query_pos: Tensor) -> Tensor:
@@ -125,7 +130,13 @@ class ConditionalDecoderLayer(nn.Module):
         return result
 
     def _attend_to_image(
-        self, x: Tensor, query_pos: Tensor, query_sine: Tensor, memory: Tensor, position: Tensor, pad_mask: Tensor
+        self,
+        x: Tensor,
+        query_pos: Tensor,
+        query_sine: Tensor,
+        memory: Tensor,
+        position: Tensor,
+        pad_mask: Tensor | None,
     ) -> Tensor:
         query, key = self.ca_qcontent_proj(x), self.ca_kcontent_proj(memory)
         key_pos = self.ca_kpos_proj(position)
@@ -149,7 +160,9 @@ class ConditionalDecoder(nn.Module):
         self.query_scale = MLP(embed_dim, embed_dim, embed_dim)
         self.ref_point_head = MLP(embed_dim, embed_dim, 2)
 
-    def forward(self, query_pos: Tensor, memory: Tensor, position: Tensor, pad_mask: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, query_pos: Tensor, memory: Tensor, position: Tensor, pad_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """query_pos (B, Q, C), the rest as in a layer -> states (L, B, Q, C), reference points (B, Q, 2) in [0, 1]."""
         points_xy = self.ref_point_head(query_pos).sigmoid()
         features = query_pos.shape[-1] // 2
@@ -202,8 +215,8 @@ class ConditionalDetr(Detr):
 
     def forward(self, images: Tensor, pad_mask: Tensor) -> dict[str, Tensor | list[dict[str, Tensor]]]:
         """As `Detr`, with K logits for a sigmoid."""
-        memory, position, pad_mask = self.encode(images, pad_mask)
+        memory = self.encode(images, pad_mask)
         queries = self.query_embed.weight.expand(images.shape[0], -1, -1)
-        states, points_xy = self.decoder(queries, memory, position, pad_mask)
+        states, points_xy = self.decoder(queries, *memory)
         boxes = boxes_around(points_xy, self.bbox_embed(states))
         return collect_outputs(self.class_embed(states), boxes, self.aux_loss)

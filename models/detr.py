@@ -5,14 +5,13 @@ Shapes: B images, N tokens, Q queries, C channels, K classes, L decoder layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 from models.backbone import Backbone
 from models.encoder import Encoder
-from models.layers import MLP, collect_outputs, drop_padding, feature_pad_mask, most_real_tokens, xavier_matrices
+from models.layers import MLP, Dropout, collect_outputs, feature_pad_mask, feed_forward, xavier_matrices
+from models.packing import Packing, TokenOrder, padding_of
 
 
 class DecoderLayer(nn.Module):
@@ -27,10 +26,12 @@ class DecoderLayer(nn.Module):
         self.norm1 = nn.LayerNorm(embed_dim)
         self.norm2 = nn.LayerNorm(embed_dim)
         self.norm3 = nn.LayerNorm(embed_dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
-    def forward(self, x: Tensor, query_pos: Tensor, memory: Tensor, position: Tensor, pad_mask: Tensor) -> Tensor:
-        """x, query_pos (B, Q, C); memory, position (B, N, C); pad_mask (B, N) bool -> (B, Q, C)."""
+    def forward(
+        self, x: Tensor, query_pos: Tensor, memory: Tensor, position: Tensor, pad_mask: Tensor | None
+    ) -> Tensor:
+        """x, query_pos (B, Q, C); memory, position (B, N, C); pad_mask (B, N) bool or None -> (B, Q, C)."""
         located = x + query_pos
         attended = self.self_attn(located, located, x, need_weights=False)[0]
         x = self.norm1(x + self.dropout(attended))
@@ -38,8 +39,7 @@ class DecoderLayer(nn.Module):
             x + query_pos, memory + position, memory, key_padding_mask=pad_mask, need_weights=False
         )[0]
         x = self.norm2(x + self.dropout(attended))
-        transformed = self.linear2(self.dropout(self.linear1(x).relu()))
-        result: Tensor = self.norm3(x + self.dropout(transformed))
+        result: Tensor = self.norm3(x + self.dropout(feed_forward(x, self.linear1, self.linear2, self.dropout)))
         return result
 
 
@@ -53,7 +53,7 @@ class Decoder(nn.Module):
         )
         self.norm = nn.LayerNorm(embed_dim)
 
-    def forward(self, query_pos: Tensor, memory: Tensor, position: Tensor, pad_mask: Tensor) -> Tensor:
+    def forward(self, query_pos: Tensor, memory: Tensor, position: Tensor, pad_mask: Tensor | None) -> Tensor:
         """query_pos (B, Q, C), the rest as in `DecoderLayer` -> (L, B, Q, C)."""
         x, outputs = torch.zeros_like(query_pos), []
         for layer in self.layers:
@@ -74,8 +74,9 @@ class Detr(nn.Module):
         num_queries: Q, the most objects that an image can have.
         embed_dim: C.
         aux_loss: return the predictions of the earlier decoder layers too.
-        skip_padding: compute on real tokens only. False feeds the encoder the padded map, as published, which
-            changes the result only where the encoder's attention does not mask padding ("official" ENACT).
+        skip_padding: let the encoder compute on real tokens only, where the mask is in host memory and nothing is
+            compiled. False feeds it the padded map, as published, which changes the result only where the encoder's
+            attention does not mask padding ("official" ENACT).
         token_order: (h, w, device) -> (h * w,) int64, the order in which the encoder gets the cells; None: row by row.
             It matters to attention that clusters neighbours.
     """
@@ -92,7 +93,7 @@ class Detr(nn.Module):
         embed_dim: int = 256,
         aux_loss: bool = True,
         skip_padding: bool = True,
-        token_order: Callable[[int, int, torch.device], Tensor] | None = None,
+        token_order: TokenOrder | None = None,
     ) -> None:
         super().__init__()
         self.num_queries = num_queries
@@ -121,22 +122,25 @@ class Detr(nn.Module):
             "pred_logits" (B, Q, K), "pred_boxes" (B, Q, 4) cxcywh in [0, 1] of the image without padding, and
             "aux_outputs", the same two for each earlier decoder layer.
         """
-        memory, position, pad_mask = self.encode(images, pad_mask)
+        memory = self.encode(images, pad_mask)
         queries = self.query_embed.weight.expand(images.shape[0], -1, -1)
-        states = self.decoder(queries, memory, position, pad_mask)
+        states = self.decoder(queries, *memory)
         return collect_outputs(self.class_embed(states), self.bbox_embed(states).sigmoid(), self.aux_loss)
 
-    def encode(self, images: Tensor, pad_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Images and pad_mask as in `forward` -> memory (B, N, C), its position (B, N, C), its pad_mask (B, N)."""
+    def encode(self, images: Tensor, pad_mask: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Images and pad_mask as in `forward` -> memory (B, N, C), its position (B, N, C), its mask (B, N) or None."""
         features = self.backbone(images)
         cells = feature_pad_mask(pad_mask, features)
-        longest = most_real_tokens(cells)
-        cells = cells.to(features.device, non_blocking=True)
-        position = self.position_embedding(cells).flatten(1, 2)
+        padding = padding_of(cells, features.device, self.token_order, skip=self.skip_padding)
+        position = self.position_embedding(cells.to(features.device, non_blocking=True)).flatten(1, 2)
         tokens = self.input_proj(features).flatten(2).transpose(1, 2)
-        padded = cells.flatten(1)
-        if self.skip_padding:
+        if isinstance(padding, Packing):
+            tokens, position = padding.pack(tokens), padding.pack(position)
+            memory = self.encoder(tokens, position, padding)
+            return padding.unpack(memory), padding.unpack(position), padding.pad_mask()
+        if self.token_order is not None:
             height, width = cells.shape[1:]
-            place = None if self.token_order is None else self.token_order(height, width, features.device)
-            tokens, position, padded = drop_padding(tokens, position, padded, longest, place)
-        return self.encoder(tokens, position, padded), position, padded
+            order = self.token_order(height, width, features.device).argsort()
+            tokens, position = tokens[:, order], position[:, order]
+            padding = None if padding is None else padding[:, order]
+        return self.encoder(tokens, position, padding), position, padding

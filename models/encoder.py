@@ -1,6 +1,6 @@
 """The transformer encoder of DETR and Conditional DETR; its self-attention is given to it.
 
-Shapes: B batch, N tokens, C channels.
+Shapes: B batch, N tokens, S real tokens of a batch, C channels.
 """
 
 from __future__ import annotations
@@ -9,7 +9,10 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-# Called as nn.MultiheadAttention is: (query, key, value, key_padding_mask=, need_weights=) -> (result, weights).
+from models.layers import Dropout, feed_forward
+from models.packing import Packing, Padding, attend_packed
+
+# Of a module called as nn.MultiheadAttention: (query, key, value, key_padding_mask=, need_weights=) -> (result, ...).
 MakeSelfAttention = Callable[[], nn.Module]
 
 
@@ -30,16 +33,21 @@ class EncoderLayer(nn.Module):
         self.linear2 = nn.Linear(dim_feedforward, embed_dim)
         self.norm1 = nn.LayerNorm(embed_dim)
         self.norm2 = nn.LayerNorm(embed_dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
-    def forward(self, tokens: Tensor, position: Tensor, pad_mask: Tensor | None) -> Tensor:
-        """tokens, position (B, N, C); pad_mask (B, N) bool, True where padded -> (B, N, C)."""
+    def forward(self, tokens: Tensor, position: Tensor, padding: Padding) -> Tensor:
+        """As `Encoder`."""
         located = tokens + position
-        attended = self.self_attn(located, located, tokens, key_padding_mask=pad_mask, need_weights=False)[0]
-        tokens = self.norm1(tokens + self.dropout(attended))
-        transformed = self.linear2(self.dropout(self.linear1(tokens).relu()))
+        tokens = self.norm1(tokens + self.dropout(self._attend(located, tokens, padding)))
+        transformed = feed_forward(tokens, self.linear1, self.linear2, self.dropout)
         result: Tensor = self.norm2(tokens + self.dropout(transformed))
         return result
+
+    def _attend(self, located: Tensor, tokens: Tensor, padding: Padding) -> Tensor:
+        if isinstance(padding, Packing):
+            return attend_packed(self.self_attn, located, located, tokens, packing=padding)
+        attended: Tensor = self.self_attn(located, located, tokens, key_padding_mask=padding, need_weights=False)[0]
+        return attended
 
 
 class Encoder(nn.Module):
@@ -63,8 +71,16 @@ class Encoder(nn.Module):
             EncoderLayer(make_self_attention(), embed_dim, dim_feedforward, dropout) for _ in range(num_layers)
         )
 
-    def forward(self, tokens: Tensor, position: Tensor, pad_mask: Tensor | None) -> Tensor:
-        """tokens, position (B, N, C); pad_mask (B, N) bool, True where padded -> (B, N, C)."""
+    def forward(self, tokens: Tensor, position: Tensor, padding: Padding) -> Tensor:
+        """Encode.
+
+        Args:
+            tokens, position: (B, N, C); or (S, C), the real tokens of all images one behind the other.
+            padding: the mask (B, N) bool, True where padded, or None for no padding; or the `Packing` of S tokens.
+
+        Returns:
+            The shape of `tokens`.
+        """
         for layer in self.layers:
-            tokens = layer(tokens, position, pad_mask)
+            tokens = layer(tokens, position, padding)
         return tokens

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -72,39 +73,42 @@ def feature_pad_mask(pad_mask: Tensor, features: Tensor) -> Tensor:
     return pad_mask
 
 
-def most_real_tokens(pad_mask: Tensor) -> int:
-    """Of any image of pad_mask (B, h, w); all cells where finding out would wait for a GPU or is not to be compiled in.
+class Dropout(nn.Dropout):
+    """`nn.Dropout` that keeps a byte a value for backward on a CPU too, where torch's own keeps four."""
 
-    The result of a detector does not depend on it, its cost does: give the detector a mask in host memory.
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape."""
+        if not self.training or self.p == 0:
+            return x
+        dropped: Tensor = torch.native_dropout(x, self.p, True)[0]
+        return dropped
+
+
+def feed_forward(x: Tensor, linear1: nn.Linear, linear2: nn.Linear, dropout: nn.Dropout) -> Tensor:
+    """linear2(dropout(relu(linear1(x)))), the feed-forward block of a transformer: (..., C) -> (..., C).
+
+    Of what lies between the two, one tensor is kept for backward, the input of `linear2`.
     """
-    if pad_mask.device.type != "cpu" or torch.compiler.is_compiling():
-        return pad_mask.shape[1] * pad_mask.shape[2]
-    return int((~pad_mask).sum((1, 2)).max())
+    hidden = linear1(x)
+    drops = dropout.training and dropout.p > 0
+    result: Tensor = linear2(_ReluDropout.apply(hidden, dropout.p) if drops else hidden.relu())
+    return result
 
 
-def drop_padding(
-    tokens: Tensor, position: Tensor, pad_mask: Tensor, longest: int, place: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Keep the real tokens; an image with fewer than another is padded behind its last one.
+class _ReluDropout(torch.autograd.Function):
+    """dropout(relu(x)), which keeps its result alone: a value that is 0 there was negative or dropped."""
 
-    With images of many shapes a third of a batch's cells is padding, and most of that is gone afterwards.
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rate: float) -> Tensor:
+        kept = F.dropout(x.relu(), rate, training=True, inplace=True)
+        ctx.save_for_backward(kept)
+        ctx.scale = 1 / (1 - rate)
+        return kept
 
-    Args:
-        tokens, position: (B, N, C).
-        pad_mask: (B, N) bool, True where padded.
-        longest: the largest number of real tokens of an image; N keeps all.
-        place: (N,) int64, the order to put the tokens in; None: as they stand.
-
-    Returns:
-        The three with N reduced to `longest`.
-    """
-    count = tokens.shape[1]
-    if longest == count and place is None:
-        return tokens, position, pad_mask
-    place = torch.arange(count, device=tokens.device) if place is None else place
-    order = (place + pad_mask * (place.max() + 1)).argsort(1)[:, :longest]
-    rows = order.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
-    return tokens.gather(1, rows), position.gather(1, rows), pad_mask.gather(1, order)
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (kept,) = ctx.saved_tensors
+        return gradient * (kept > 0).to(gradient.dtype).mul_(ctx.scale), None
 
 
 def collect_outputs(logits: Tensor, boxes: Tensor, aux_loss: bool) -> dict[str, Tensor | list[dict[str, Tensor]]]:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from models import build_model
-from models.anchor_detr import AnchorDetr, RowColumnAttention, relative_position
+from models.anchor_detr import AnchorDetr, relative_position
+from models.row_column import RowColumnAttention
 
 ANCHORS: dict[str, Any] = {**SMALL, "num_query_position": 6, "num_query_pattern": 2}
 

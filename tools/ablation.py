@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a thread each if there are several")
     parser.add_argument("--output_dir", type=Path, required=True, help="a folder for the runs")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "ablation", help="without suffix")
-    parser.add_argument("--include", nargs="*", type=Path, default=[], metavar="FILE", help="results/*.json of other runs")
+    parser.add_argument("--include", nargs="*", type=Path, default=[], metavar="FILE", help="other tables")
     parser.add_argument("flags", nargs="*", help="of main.py, for every arm, after --")
     options = parser.parse_args(argv)
     folders = {(arm, seed): options.output_dir / f"{arm}_{seed}" for seed in options.seeds for arm in options.arms}

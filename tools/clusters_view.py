@@ -21,8 +21,8 @@ from torchvision.ops import box_convert, nms
 import engine
 from datasets import Batch
 from enact import EnactAttention, EnactRowColumnAttention
-from models.anchor_detr import RowColumnAttention
 from models.postprocess import Postprocessor
+from models.row_column import RowColumnAttention
 from util.errors import InputError
 
 CLUSTERED = (EnactAttention, EnactRowColumnAttention)

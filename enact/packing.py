@@ -1,0 +1,97 @@
+"""Clusters of images that stand one behind the other, without padding between them.
+
+Shapes: B images of n_1 ... n_B tokens, S their sum; t_1 ... t_B clusters, R their sum; C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from enact.clustering import Clusters, Shared
+from enact.information import Information
+from enact.method import Method, form_clusters
+
+
+class PackedClusters(NamedTuple):
+    """Clusters as rows of a matrix, those of the first image first.
+
+    memberships: as in `Clusters.memberships`, an index (S,) of rows, R for none, and weights (S,).
+    counts: t_1 ... t_B.
+    bias: (R,), to be added to the attention logits of each cluster, or None.
+    """
+
+    memberships: list[Shared]
+    counts: tuple[int, ...]
+    bias: Tensor | None
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        """The weighted sum of the tokens of each cluster: (S, C) -> (R, C)."""
+        weights = self.memberships[0].weight
+        dtype = torch.promote_types(tokens.dtype, weights.dtype)
+        pooled = tokens.new_zeros(sum(self.counts) + 1, tokens.shape[1], dtype=dtype)  # the last row: of no cluster
+        for index, weight in self.memberships:
+            pooled = pooled.index_add(0, index, tokens * weight.unsqueeze(1))
+        return pooled[:-1].to(tokens.dtype)
+
+    def biases(self) -> Sequence[Tensor | None]:
+        """The bias of each image, (1, t) or None."""
+        if self.bias is None:
+            return [None] * len(self.counts)
+        return torch.split(self.bias.unsqueeze(0), list(self.counts), 1)
+
+
+def cluster_packed(
+    keys: Tensor, lengths: Sequence[int], slots: Tensor, information: Information, method: Method
+) -> PackedClusters:
+    """The clusters of packed keys.
+
+    On a CPU an image has the rows that it needs. Elsewhere, where the number found is not known to the host, it has as
+    many as its length allows, and the bias takes those that it does not need out of the attention.
+
+    Args:
+        keys: (S, C).
+        lengths: n_1 ... n_B, each at least 1.
+        slots: (S,) int64, the place of each token in the batch padded to its longest image, which is `rows_of(lengths,
+            max(lengths))`.
+        information: from keys to smoothed information.
+        method: from information to clusters.
+    """
+    longest = max(lengths)
+    logits = unpack(information.logits(keys.unsqueeze(0))[0], slots, len(lengths), longest)
+    real = None
+    if min(lengths) < longest:
+        real = torch.arange(longest) < torch.tensor(lengths).unsqueeze(1)
+        real = real.to(keys.device, non_blocking=True)
+    return _without_padding(form_clusters(logits, information, method, real), lengths, slots, method)
+
+
+def _without_padding(clusters: Clusters, lengths: Sequence[int], slots: Tensor, method: Method) -> PackedClusters:
+    exact = slots.device.type == "cpu"
+    counts = tuple(clusters.count.tolist() if exact else (method.most_clusters(length) for length in lengths))
+    starts = [sum(counts[:image]) for image in range(len(counts))]
+    start = torch.cat([torch.full((length,), row) for length, row in zip(lengths, starts, strict=True)])
+    start = start.to(slots.device, non_blocking=True)
+    memberships = []
+    for index, weight in clusters.memberships():
+        index = index.flatten()[slots]
+        row = torch.where(index == clusters.num_clusters, sum(counts), index + start)
+        memberships.append(Shared(row, weight.flatten()[slots]))
+    bias = None
+    if clusters.bias is not None and not (exact and method.cluster_bias == "none"):
+        bias = clusters.bias.flatten()[rows_of(counts, clusters.num_clusters).to(slots.device, non_blocking=True)]
+    return PackedClusters(memberships, counts, bias)
+
+
+def rows_of(lengths: Sequence[int], longest: int) -> Tensor:
+    """Where the elements of packed sequences stand in a batch padded to `longest`, flattened: (S,) int64."""
+    return torch.cat([torch.arange(length) + image * longest for image, length in enumerate(lengths)])
+
+
+def unpack(packed: Tensor, slots: Tensor, batch: int, longest: int) -> Tensor:
+    """(S, ...) -> (B, longest, ...), zero where padded; `slots` as in `cluster_packed`."""
+    padded = packed.new_zeros(batch * longest, *packed.shape[1:]).index_copy(0, slots, packed)
+    return padded.view(batch, longest, *packed.shape[1:])
