@@ -30,8 +30,8 @@ class EnactAttention(nn.MultiheadAttention):
         variant: "paper": each image's runs of one curvature sign over its real tokens, then ordinary scaled
             attention with dropout. "official": the released code's arithmetic (spec 2.2 to 2.6): one chunk length for
             the batch, padding not masked, logits unscaled, the result divided by D, no attention dropout. "plus":
-            clusters as in "paper", in which tokens weigh by their learned probability, and which count for their
-            share of it.
+            clusters as in "paper", in which tokens weigh by their learned probability, which count for their share
+            of it, and whose boundaries are soft, so that all of it learns.
         smoothing_sigma: standard deviation, in tokens, of the Gaussian that smooths the information.
         choices: fields of `Method` to replace the variant's own: regions, pooling, cluster_bias,
             boundary, max_clusters, min_run.

@@ -92,7 +92,7 @@ class Method:
 VARIANTS: dict[Variant, Method] = {
     "paper": Method(),
     "official": Method(regions="chunks", min_run=2),
-    "plus": Method(pooling="probability", cluster_bias="mass", initial_gain=0.1),
+    "plus": Method(pooling="probability", cluster_bias="mass", boundary="soft", initial_gain=0.1),
 }
 
 

@@ -51,7 +51,7 @@ class EnactRowColumnAttention(nn.Module):
             product left unnormalised, so that the weights of a query sum to about 1/T at the start; queries and keys
             in each other's slice of the packed projection. It departs in what a larger batch gets: no image's rows go
             to another (spec 3.1, item 1), and each image has its own chunk length.
-            "plus": as "paper", with tokens and clusters that weigh by their learned probability.
+            "plus": as "paper", with soft boundaries, and tokens and clusters that weigh by their learned probability.
         token_order: the order in which cells form the sequence that is cut; None: row by row.
         choices: as in `EnactAttention`.
 

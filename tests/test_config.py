@@ -12,7 +12,7 @@ import yaml
 from configs.cli import parse_args, to_yaml
 from configs.schema import Config, recipe
 from enact.clustering import Regions
-from enact.method import ClusterBias, Pooling, Variant
+from enact.method import Boundary, ClusterBias, Pooling, Variant
 from enact.order import OrderName
 from util.errors import InputError
 
@@ -157,6 +157,7 @@ def test_official_takes_the_map_as_it_stands() -> None:
 @pytest.mark.parametrize(
     ("field", "choices"),
     [("enact", Variant), ("regions", Regions), ("pooling", Pooling), ("cluster_bias", ClusterBias),
+     ("boundary", Boundary),
      ("token_order", OrderName)],
 )  # fmt: skip
 def test_the_config_offers_what_enact_offers(field: str, choices: Any) -> None:

@@ -139,7 +139,8 @@ def test_packing_keeps_real_tokens_in_order(order: list[int]) -> None:
 
 
 @pytest.mark.parametrize("options", [
-    {}, {"token_order": "hilbert"}, {"boundary": "soft"}, {"regions": "tokens"}, {"cluster_bias": "size"},
+    {}, {"token_order": "hilbert"}, {"boundary": "soft"}, {"regions": "tokens", "boundary": "hard"},
+    {"cluster_bias": "size"},
 ])  # fmt: skip
 @pytest.mark.parametrize("enact", [None, "paper", "plus", "official"])
 @pytest.mark.parametrize("name", ["detr", "anchor_detr"])
@@ -348,7 +349,7 @@ def test_choices_within_enact_reach_every_layer(name: str) -> None:
     assert all(module.token_order is hilbert for module in ordered)
 
 
-@pytest.mark.parametrize("options", [{}, {"boundary": "soft"}])
+@pytest.mark.parametrize("options", [{}, {"boundary": "hard"}])
 def test_the_probability_layer_of_plus_learns_at_the_pace_of_its_neighbours(options: dict[str, Any]) -> None:
     """As published its gradient is hundreds of times smaller than that of the query projection beside it."""
 

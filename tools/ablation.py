@@ -46,10 +46,11 @@ ARMS: dict[str, list[str]] = {
     "hilbert": ["--enact", "paper", "--token_order", "hilbert"],
     # All of it.
     "plus": ["--enact", "plus"],
+    "plus_hard": ["--enact", "plus", "--boundary", "hard"],
     "plus_hilbert": ["--enact", "plus", "--token_order", "hilbert"],
     "plus_windows": ["--enact", "plus", "--token_order", "windows"],
-    "plus_soft": ["--enact", "plus", "--boundary", "soft"],
-    "plus_uniform": ["--enact", "plus", "--regions", "uniform"],
+    "plus_hard_hilbert": ["--enact", "plus", "--boundary", "hard", "--token_order", "hilbert"],
+    "plus_uniform": ["--enact", "plus", "--boundary", "hard", "--regions", "uniform"],
 }
 
 
