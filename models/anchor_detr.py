@@ -236,7 +236,7 @@ class AnchorDetr(nn.Module):
         super().__init__()
         self.aux_loss = aux_loss
         self.skip_padding = skip_padding
-        self.token_order = token_order
+        self._packed_order = token_order
         self.backbone = backbone
         projection = nn.Conv2d(backbone.num_channels, embed_dim, kernel_size=1)
         nn.init.xavier_uniform_(projection.weight)
@@ -281,7 +281,7 @@ class AnchorDetr(nn.Module):
         if not self.skip_padding:
             encoded = self.encoder(x, pos_row, pos_col, pad_mask)
             return encoded
-        padding = padding_of(cells, x.device, self.token_order)
+        padding = padding_of(cells, x.device, self._packed_order)
         if isinstance(padding, Packing):
             packed = (padding.pack(tokens.expand_as(x).flatten(1, 2)) for tokens in (x, pos_row, pos_col))
             return padding.to_map(self.encoder(*packed, padding), x.shape[1] * x.shape[2]).view_as(x)
