@@ -28,7 +28,7 @@ def test_it_scores_the_dense_model_and_then_every_kind_and_number_of_clusters() 
     lengths = [row["tokens a cluster"] for row in rows]
     assert lengths[0] == 1
     assert lengths[1] < lengths[2]
-    assert lengths[1:3] == pytest.approx(lengths[3:5], rel=0.1)  # as many uniform clusters as are found; layer 2 differs
+    assert lengths[1:3] == pytest.approx(lengths[3:5], rel=0.1)  # as many uniform ones, but for layer 2
     assert "| uniform | 0.5 |" in Path("found.md").read_text()
     assert Path("found.png").stat().st_size > 5000
 
