@@ -169,7 +169,7 @@ class EnactAttention(nn.MultiheadAttention):
         """Heads, and bias (B, T) of the clusters or None -> (B, L, C)."""
         official = self.variant == "official"
         dropout = self.dropout if self.training and not official else 0.0
-        attended = biased_attention(*heads, _with_extra_bias(heads, bias), dropout, self._scale())
+        attended = biased_attention(*heads, self._with_extra_bias(bias), dropout, self._scale())
         if official:
             attended = attended / self.head_dim
         result: Tensor = self.out_proj(attended.transpose(1, 2).flatten(2))
@@ -201,10 +201,15 @@ class EnactAttention(nn.MultiheadAttention):
             key, value = F.pad(key, (0, 0, 0, 1)), F.pad(value, (0, 0, 0, 1))
         return Heads(query, key, value)
 
+    def _with_extra_bias(self, bias: Tensor | None) -> Tensor | None:
+        """Bias (B, T) of the clusters -> of all keys; those that are no clusters count as one token each."""
+        extra = int(self.bias_k is not None) + int(self.add_zero_attn)
+        return bias if bias is None or extra == 0 else F.pad(bias, (0, extra))
+
     def _token_weights(self, heads: Heads, clusters: Clusters) -> Tensor:
         """(B, H, L, N): the attention to each token's cluster times the token's weight in it; then the extra keys."""
         logits = heads.query @ heads.key.transpose(2, 3) * self._scale()
-        bias = _with_extra_bias(heads, clusters.bias)
+        bias = self._with_extra_bias(clusters.bias)
         if bias is not None:
             logits = logits + bias[:, None, None].to(logits.dtype)
         attention = logits.softmax(-1) / (self.head_dim if self.variant == "official" else 1.0)
@@ -246,11 +251,6 @@ def biased_attention(
     value = F.pad(value, (0, key.shape[-1] - width))
     attended: Tensor = F.scaled_dot_product_attention(query, key, value, None, dropout, scale=scale)
     return attended[..., :width]
-
-
-def _with_extra_bias(heads: Heads, bias: Tensor | None) -> Tensor | None:
-    """Bias (B, T) of the clusters -> of all keys; those that are no clusters count as one token each."""
-    return None if bias is None else F.pad(bias, (0, heads.key.shape[2] - bias.shape[1]))
 
 
 def split_heads(tokens: Tensor, num_heads: int) -> Tensor:

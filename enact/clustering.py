@@ -182,7 +182,7 @@ def share_edges(smoothed: Tensor, partition: Partition) -> tuple[Partition, Tens
     """
     index, none = partition.index, partition.num_clusters
     before = torch.cat([index[:, :1], index[:, :-1]], 1)
-    behind = F.pad(index[:, 1:], (0, 1), value=none)
+    behind = torch.cat([index[:, 1:], torch.zeros_like(index[:, :1]) + none], 1)  # pad() would fix T in a graph
     second = torch.where(before != index, before, torch.where(behind != index, behind, none))
     real = index != none
     second = second.masked_fill(~real, none)
