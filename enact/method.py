@@ -157,9 +157,10 @@ def form_clusters(logits: Tensor, information: Information, method: Method, real
         weight = softmax_in_clusters(pooling, partition)
         return Clusters(*partition[:3], weight, _bias(counting, partition))
     both, shares = share_edges(tokens.smoothed, partition)
-    weight, second_weight = softmax_in_clusters(pooling.repeat(1, 2) + shares, both).chunk(2, 1)
+    weight = softmax_in_clusters(pooling.repeat(1, 2) + shares, both)
     bias = _bias(None if counting is None else counting.repeat(1, 2) + shares, both)
-    return Clusters(*partition[:3], weight, bias, Shared(both.index[:, largest:], second_weight))
+    own, second = (slice(None), slice(largest)), (slice(None), slice(largest, None))  # the ONNX exporter fails on chunk
+    return Clusters(*partition[:3], weight[own], bias, Shared(both.index[second], weight[second]))
 
 
 def _pooling_scores(tokens: _Tokens, pooling: Pooling) -> Tensor:
