@@ -25,6 +25,7 @@ from configs.schema import Config
 from datasets import Batch, collate, eval_transform, train_transform
 from datasets.coco import Target
 from datasets.randomness import cpu_seed, mixed_seed
+from enact.order import token_order
 from models.layers import feature_pad_mask
 from models.packing import Packing, Padding, padding_of
 from models.position_encoding import sine_embedding
@@ -155,10 +156,11 @@ def map_without_padding(tokens: int) -> Tensor:
 class EncoderCall:
     """The encoder of a detector on token maps, as the detector calls it: packed where it packs."""
 
-    def __init__(self, model: nn.Module, maps: TokenMaps) -> None:
+    def __init__(self, model: nn.Module, maps: TokenMaps, config: Config) -> None:
         self.model: Any = model
         self.maps = maps
-        self._channels = maps.tokens.shape[-1]
+        self._order = token_order(config.token_order)
+        self._channels = config.hidden_dim
         self._by_row_and_column = not hasattr(model, "position_embedding")
         self._position = self._positions(maps.tokens.device)
 
@@ -166,7 +168,7 @@ class EncoderCall:
         """(S, C) for S real tokens of a packed batch; else (B, N, C), or (B, h, w, C) of Anchor DETR."""
         tokens, cells = self.maps
         model, device = self.model, tokens.device
-        padding: Padding = padding_of(cells, device, model.token_order, skip=model.skip_padding)
+        padding: Padding = padding_of(cells, device, self._order, skip=model.skip_padding)
         inputs = [tokens, *self._position]
         if isinstance(padding, Packing):
             inputs = [padding.pack(x.expand_as(tokens).flatten(1, 2)) for x in inputs]
@@ -174,6 +176,9 @@ class EncoderCall:
             padding = cells.to(device, non_blocking=True)
         else:
             inputs = [x.flatten(1, 2) for x in inputs]
+            if self._order is not None:  # only ENACT's own variants have one, and they pack where there is padding
+                places = self._order(*cells.shape[1:], device).argsort()
+                inputs = [x[:, places] for x in inputs]
         memory: Tensor = model.encoder(*inputs, padding)
         return memory
 

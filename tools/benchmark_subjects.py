@@ -185,7 +185,7 @@ class EncoderStep:
     """Forward and backward of an encoder, with a random gradient for what comes out of real tokens."""
 
     def __init__(self, model: nn.Module, config: Config, cells: Tensor, device: torch.device, amp: bool) -> None:
-        self.call = EncoderCall(model, token_maps(cells, config.hidden_dim, device))
+        self.call = EncoderCall(model, token_maps(cells, config.hidden_dim, device), config)
         self.call.maps.tokens.requires_grad_()
         self.amp = amp
         self._gradient: Tensor | None = None
@@ -220,7 +220,7 @@ def _training_cells(config: Config, images: int) -> Tensor:
 def _profile_of_encoder(config: Config, arm: str, images: int) -> dict[str, Any]:
     model = build_arm(_without_the_rest(config), arm).eval()
     cells = _training_cells(config, images)
-    call = EncoderCall(model, token_maps(cells, config.hidden_dim, torch.device("cpu")))
+    call = EncoderCall(model, token_maps(cells, config.hidden_dim, torch.device("cpu")), config)
     facts = _profile(model, call)
     parameters = sum(parameter.numel() for parameter in model.get_submodule("encoder").parameters())
     return {"parameters": parameters, "flops": facts["flops"], "clusters": facts["clusters"]}
