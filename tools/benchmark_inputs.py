@@ -177,7 +177,7 @@ class EncoderCall:
         else:
             inputs = [x.flatten(1, 2) for x in inputs]
             if self._order is not None:  # only ENACT's own variants have one, and they pack where there is padding
-                places = self._order(*cells.shape[1:], device).argsort()
+                places = self._order(cells.shape[1], cells.shape[2], device).argsort()
                 inputs = [x[:, places] for x in inputs]
         memory: Tensor = model.encoder(*inputs, padding)
         return memory
