@@ -45,7 +45,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         self.image_ids: list[int] = sorted(self.coco.imgs)
         self.class_names: dict[int, str] = {key: self.coco.cats[key]["name"] for key in sorted(self.coco.cats)}
         self.num_classes = max(self.class_names) + 1
-        self._image_dir = Path(image_dir)
+        self.image_dir = Path(image_dir)
         self._annotation_file = annotation_file
         self._transform = transform
         self._seed = seed
@@ -83,7 +83,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         return image, target
 
     def _read_image(self, index: int) -> Image.Image:
-        path = self._image_dir / self._file_names[index]
+        path = self.image_dir / self._file_names[index]
         try:
             with Image.open(path) as image:
                 problem = self._problem_of(image, index)

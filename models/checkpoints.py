@@ -1,4 +1,4 @@
-"""Published state-dict layouts <-> ours, and warm starts.
+"""Published state-dict layouts <-> ours, and warm starts; Hugging Face's are in `models.huggingface`.
 
 Ours is the modules' own. The six published layouts (spec 4) differ in names, in how ENACT's projections are stored,
 and in that Anchor DETR's file holds the heads that its decoder layers share once for each layer.
@@ -16,6 +16,8 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+
+from models.huggingface import from_huggingface, is_huggingface
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +66,8 @@ def load_weights(model: nn.Module, state_dict: StateDict) -> None:
 
     Args:
         model: from `build_model`.
-        state_dict: its own `state_dict()`, or the "model" entry of a published checkpoint of DETR, Conditional DETR
-            or Anchor DETR, dense or with ENACT.
+        state_dict: its own `state_dict()`, the "model" entry of a published checkpoint of DETR, Conditional DETR
+            or Anchor DETR, dense or with ENACT, or a state dict of Hugging Face's DETR or Conditional DETR.
 
     Raises:
         ValueError: names what is missing, unexpected, or of another shape. The model is unchanged then.
@@ -131,6 +133,8 @@ def from_published(state_dict: StateDict) -> dict[str, Tensor]:
         ValueError: copies of a head that Anchor DETR's decoder layers share differ.
     """
     state: dict[str, Tensor] = {}
+    if is_huggingface(state_dict):
+        state_dict = from_huggingface(state_dict)
     for key, value in state_dict.items():
         if key.endswith(IGNORED_SUFFIX):
             continue

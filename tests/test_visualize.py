@@ -20,6 +20,8 @@ from configs.schema import recipe
 from models import build_model_from, build_postprocessor
 from tools import visualize
 from tools.clusters_view import ClusterView, LayerView, explain
+from tools.detector_files import class_names, validation_images
+from tools.pictures import read_picture, unique_stems
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("empty_folder")
@@ -123,9 +125,9 @@ def test_without_images_it_shows_validation_images(cache: Path) -> None:
     [root] = cache.iterdir()
     config = recipe("detr", **{**TINY, "coco_path": str(root)})
     files = [root / "val2017" / f"{stem}.jpg" for stem in stems]
-    assert visualize.validation_images(config) == files
-    assert visualize.class_names(config) == visualize.class_names(dataclasses.replace(config, coco_path=None))
-    assert visualize.class_names(dataclasses.replace(config, coco_path="nowhere")) == {}
+    assert validation_images(config, 4) == files
+    assert class_names(config) == class_names(dataclasses.replace(config, coco_path=None))
+    assert class_names(dataclasses.replace(config, coco_path="nowhere")) == {}
 
 
 def test_a_bad_image_is_named_and_skipped(capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,7 +155,7 @@ def test_a_bad_image_is_named_and_skipped(capsys: pytest.CaptureFixture[str]) ->
 
 def test_pictures_of_the_same_name_do_not_replace_each_other() -> None:
     paths = [Path(name) for name in ("a/duck.png", "b/duck.jpg", "b/duck_2.png", "c/duck.jpg")]
-    assert visualize.unique_stems(paths) == ["duck", "duck_2", "duck_2_2", "duck_3"]
+    assert unique_stems(paths) == ["duck", "duck_2", "duck_2_2", "duck_3"]
 
 
 def test_a_photograph_lies_as_its_camera_says() -> None:
@@ -161,7 +163,7 @@ def test_a_photograph_lies_as_its_camera_says() -> None:
     turned = Image.open("duck.png")
     turned.getexif()[0x0112] = 6  # a quarter turn to the right
     turned.save("turned.jpg", exif=turned.getexif())
-    assert visualize.read_picture(Path("turned.jpg")).size == (20, 40)
+    assert read_picture(Path("turned.jpg")).size == (20, 40)
 
 
 def broken(text: str, *flags: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -180,7 +182,7 @@ def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     model = save_checkpoint("detr", "paper", enc_layers=1)
     saved = torch.load("model.pth", weights_only=True)
     torch.save({"model": saved["model"]}, "model.pth")
-    broken("model.pth holds no configuration", capsys=capsys)
+    broken("model.pth does not say which variant of ENACT it is", capsys=capsys)
     torch.save({**saved, "model": {**saved["model"], "foreign": torch.zeros(1)}}, "model.pth")
     broken("model.pth: the weights do not fit the model: foreign is unexpected", capsys=capsys)
     torch.save({**saved, "config": {**saved["config"], "nheads": 5}}, "model.pth")

@@ -11,42 +11,40 @@ clusters.json with the counts. A dense checkpoint has no clusters, only attentio
 from __future__ import annotations
 
 import argparse
-import contextlib
-import dataclasses
-import itertools
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image, ImageOps
 from torch import nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from configs.schema import FIELD_NAMES, Config
-from datasets import build_coco, eval_transform, prepare_shapes
-from datasets.annotations import read_annotations
-from datasets.coco import DECODING_ERRORS, DEEP_MODES
-from datasets.scenes import CLASS_NAMES
-from main import pick_device
-from models import build_model_from, build_postprocessor, load_weights
+from configs.schema import Config
+from datasets import eval_transform
+from models import build_postprocessor
 from tools.clusters_plot import draw_contact_sheet, draw_layer, save
 from tools.clusters_view import Explanation, LayerView, Point, explain
+from tools.detector_files import (
+    LoadedDetector,
+    add_detector_flags,
+    fields_from,
+    inference_device,
+    load_detector,
+    validation_images,
+)
+from tools.pictures import image_files, read_picture, unique_stems, writing
 from tools.results import choices_of, encoder_of
-from util import checkpoint
 from util.errors import InputError
 from util.logs import set_up_console
 
 logger = logging.getLogger("visualize")
 
 VALIDATION_IMAGES = 4
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """A parser of the command's flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint that main.py wrote")
+    add_detector_flags(parser)
     parser.add_argument(
         "--images", nargs="+", type=Path, default=[], metavar="PATH",
         help=f"image files and folders of them; default: the first {VALIDATION_IMAGES} validation images of the data "
@@ -76,20 +74,22 @@ def build_parser() -> argparse.ArgumentParser:
         "else the image's centre",
     )  # fmt: skip
     parser.add_argument("--score", type=float, default=0.5, help="least score of a detection that counts (default 0.5)")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: cuda where there is one)")
     return parser
 
 
 def visualize(options: argparse.Namespace) -> int:
     """Draw every image that can be read; see `main`."""
-    model, config = load_detector(options.checkpoint, pick_device(options.device))
-    files = image_files(options.images) if options.images else validation_images(config)
+    detector = load_detector(options.checkpoint, inference_device(options.device), fields_from(options))
+    model, config, _ = detector
+    files = image_files(options.images) if options.images else validation_images(config, VALIDATION_IMAGES)
     folder = options.output or options.checkpoint.parent / "clusters"
     if config.enact is None:
         logger.info("%s is a dense model: it has no clusters, only attention is drawn", options.checkpoint)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        images = draw_all(files, folder, partial(explain_file, model, config, options.queries, options.score), config)
+        explain_one = partial(explain_file, model, config, options.queries, options.score)
+        images = draw_all(files, folder, explain_one, detector)
         report = {"checkpoint": str(options.checkpoint), "encoder": describe_encoder(config), **images}
         (folder / "clusters.json").write_text(json.dumps(report, indent=1) + "\n")
     drawn = len(images["images"])
@@ -97,87 +97,12 @@ def visualize(options: argparse.Namespace) -> int:
     return 0 if drawn else 1
 
 
-def load_detector(path: Path, device: torch.device) -> tuple[nn.Module, Config]:
-    """The detector of a checkpoint that main.py wrote, ready to detect, and its configuration.
-
-    Raises:
-        InputError: there is no such checkpoint, it holds no configuration, or the two do not fit.
-    """
-    if not path.is_file():
-        raise InputError(f"no checkpoint at {path}; check --checkpoint")
-    saved = checkpoint.load(path)
-    if not isinstance(saved.get("config"), dict):
-        raise InputError(f"{path} holds no configuration, as the checkpoints that main.py writes do")
-    foreign = saved["config"].keys() - FIELD_NAMES
-    if foreign:
-        logger.warning("%s: fields that are not known any more are left out: %s", path, ", ".join(sorted(foreign)))
-    try:
-        known = {name: value for name, value in saved["config"].items() if name in FIELD_NAMES}
-        config = dataclasses.replace(Config(**known), backbone_weights=None)
-        model = build_model_from(config)
-        load_weights(model, saved["model"])
-    except ValueError as error:
-        raise InputError(f"{path}: {error}") from None
-    return model.to(device).eval(), config
-
-
-def image_files(paths: Sequence[Path]) -> list[Path]:
-    """The files among `paths`, and the images in the folders among them."""
-    files: list[Path] = []
-    for path in paths:
-        inside = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
-        if not inside:
-            raise InputError(f"there are no images in {path}")
-        files += inside
-    return list(dict.fromkeys(files))
-
-
-def validation_images(config: Config) -> list[Path]:
-    """The first images of the validation set that a detector was trained with."""
-    if config.coco_path is None:
-        root = prepare_shapes(num_train=config.shapes_train, num_val=config.shapes_val)
-    else:
-        root = Path(config.coco_path)
-    coco = build_coco(root, "val", eval_transform(config.eval_short_side, config.max_long_side)).coco
-    return [root / "val2017" / coco.imgs[image]["file_name"] for image in sorted(coco.imgs)[:VALIDATION_IMAGES]]
-
-
-def class_names(config: Config) -> Mapping[int, str]:
-    """The names of the labels; none where the data set is not on this machine."""
-    if config.coco_path is None:
-        return CLASS_NAMES
-    try:
-        coco = read_annotations(Path(config.coco_path) / "annotations" / "instances_val2017.json")
-    except InputError as error:
-        logger.info("classes are shown by number: %s", error)
-        return {}
-    return {number: category["name"] for number, category in coco.cats.items()}
-
-
-def unique_stems(files: Sequence[Path]) -> list[str]:
-    """A name for what is written of each image: the file's, with a number if another has it."""
-    stems: list[str] = []
-    for file in files:
-        candidates = (f"{file.stem}_{number}" if number > 1 else file.stem for number in itertools.count(1))
-        stems.append(next(stem for stem in candidates if stem not in stems))
-    return stems
-
-
-@contextlib.contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """What fails in here fails because the folder cannot be written (InputError)."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"cannot write {folder}: {error.strerror or error}; choose another --output") from None
-
-
 def draw_all(
-    files: Sequence[Path], folder: Path, explain_one: Callable[[Path], Explanation], config: Config
+    files: Sequence[Path], folder: Path, explain_one: Callable[[Path], Explanation], detector: LoadedDetector
 ) -> dict[str, Any]:
     """Write the pictures of each image; what clusters.json says of those that were drawn, and of the others."""
-    names, drawn, skipped = class_names(config), [], []
-    encoder = describe_encoder(config)
+    names, drawn, skipped = detector.class_names, [], []
+    encoder = describe_encoder(detector.config)
     for path, stem in zip(tqdm(files, unit="image", disable=len(files) == 1), unique_stems(files), strict=True):
         try:
             explanation = explain_one(path)
@@ -210,20 +135,6 @@ def explain_file(
         return explain(model, image, build_postprocessor(config.model), **options)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-
-
-def read_picture(path: Path) -> Image.Image:
-    """An image file as RGB (InputError if it is none)."""
-    try:
-        with Image.open(path) as image:
-            mode = image.mode
-            picture: Image.Image = ImageOps.exif_transpose(image).convert("RGB")
-    except DECODING_ERRORS as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise InputError(f"{path}: image cannot be read ({reason})") from None
-    if mode.startswith(DEEP_MODES):
-        raise InputError(f"{path}: image has pixels of mode {mode}; convert it to 8 bits a channel")
-    return picture
 
 
 def counts(explanation: Explanation) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from enact import EnactAttention
 from enact.clustering import partition_tokens
 from enact.information import Information
 from main import Run, pick_device
-from tools.visualize import load_detector
+from tools.detector_files import load_detector
 from util import environment
 from util.errors import InputError
 
