@@ -70,6 +70,8 @@ class Config:
     hidden_dim: int = 256
     nheads: int = 8
     dropout: float = 0.1
+    attention_dropout: float | None = None
+    """On attention weights alone; None: as dropout. Above 0 a CPU has no fused kernel, and stores the maps."""
     num_queries: int = 100
     """Detr and conditional_detr; anchor_detr has num_query_position * num_query_pattern."""
     num_query_position: int = 300
@@ -156,6 +158,10 @@ class Config:
             (self.lr >= 0 and self.lr_backbone >= 0, "lr and lr_backbone must be 0 or more"),
             (self.clip_max_norm >= 0, "clip_max_norm must be 0 or more"),
             (0 <= self.dropout < 1, "dropout must be in [0, 1)"),
+            (
+                self.attention_dropout is None or 0 <= self.attention_dropout < 1,
+                "attention_dropout must be in [0, 1), or null for that of dropout",
+            ),
             (self.hidden_dim % (4 * self.nheads) == 0, "hidden_dim must be a multiple of 4 times nheads"),
             (self.enc_layers >= 0 and self.dec_layers > 0, "enc_layers must be 0 or more, dec_layers 1 or more"),
             (self.num_queries > 0, "num_queries must be 1 or more"),

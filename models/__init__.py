@@ -102,7 +102,7 @@ def _self_attention(config: Config) -> Callable[[], nn.Module]:
     make: Callable[..., nn.Module] = nn.MultiheadAttention
     if config.enact is not None:
         make = partial(EnactAttention, **_enact_options(config))
-    return partial(make, config.hidden_dim, config.nheads, config.dropout, batch_first=True)
+    return partial(make, config.hidden_dim, config.nheads, attention_dropout(config), batch_first=True)
 
 
 def _row_column_self_attention(config: Config) -> Callable[[], nn.Module]:
@@ -111,7 +111,12 @@ def _row_column_self_attention(config: Config) -> Callable[[], nn.Module]:
     if config.enact is not None:
         order = token_order(config.token_order)
         make = partial(EnactRowColumnAttention, token_order=order, **_enact_options(config))
-    return partial(make, config.hidden_dim, config.nheads, config.dropout)
+    return partial(make, config.hidden_dim, config.nheads, attention_dropout(config))
+
+
+def attention_dropout(config: Config) -> float:
+    """The rate on attention weights that `config` means."""
+    return config.dropout if config.attention_dropout is None else config.attention_dropout
 
 
 def _backbone(config: Config) -> Backbone:
@@ -132,8 +137,9 @@ def _encoder(config: Config) -> Encoder:
     )
 
 
-def _decoder_sizes(config: Config) -> tuple[int, int, int, int, float]:
-    return config.dec_layers, config.hidden_dim, config.nheads, config.dim_feedforward, config.dropout
+def _decoder_sizes(config: Config) -> tuple[int, int, int, int, float, float]:
+    sizes = config.dec_layers, config.hidden_dim, config.nheads, config.dim_feedforward
+    return *sizes, config.dropout, attention_dropout(config)
 
 
 def _detr(config: Config) -> Detr:

@@ -111,13 +111,27 @@ MapTensors = tuple[Tensor, Tensor, Tensor]
 
 
 class AnchorDecoderLayer(nn.Module):
-    """Self-attention among the queries, row-column attention to the map, feed-forward."""
+    """Self-attention among the queries, row-column attention to the map, feed-forward.
 
-    def __init__(self, embed_dim: int, num_heads: int, dim_feedforward: int, dropout: float) -> None:
+    Args:
+        embed_dim, num_heads, dim_feedforward: sizes.
+        dropout: after attentions, and in the feed-forward block.
+        attention_dropout: on the weights of both attentions; None: as `dropout`.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dim_feedforward: int,
+        dropout: float,
+        attention_dropout: float | None = None,
+    ) -> None:
         super().__init__()
-        self.self_attn = nn.MultiheadAttention(embed_dim, num_heads, dropout, batch_first=True)
+        of_attention = dropout if attention_dropout is None else attention_dropout
+        self.self_attn = nn.MultiheadAttention(embed_dim, num_heads, of_attention, batch_first=True)
         self.norm2 = nn.LayerNorm(embed_dim)
-        self.cross_attn = RowColumnAttention(embed_dim, num_heads, dropout)
+        self.cross_attn = RowColumnAttention(embed_dim, num_heads, of_attention)
         self.norm1 = nn.LayerNorm(embed_dim)
         self.ffn = FeedForward(embed_dim, dim_feedforward, dropout)
         self.dropout = Dropout(dropout)
@@ -144,9 +158,17 @@ class AnchorDecoderLayer(nn.Module):
 class AnchorDecoder(nn.Module):
     """A stack of `AnchorDecoderLayer`, which start as copies of one another; no norm after the last (spec 6.3)."""
 
-    def __init__(self, num_layers: int, embed_dim: int, num_heads: int, dim_feedforward: int, dropout: float) -> None:
+    def __init__(
+        self,
+        num_layers: int,
+        embed_dim: int,
+        num_heads: int,
+        dim_feedforward: int,
+        dropout: float,
+        attention_dropout: float | None = None,
+    ) -> None:
         super().__init__()
-        layer = AnchorDecoderLayer(embed_dim, num_heads, dim_feedforward, dropout)
+        layer = AnchorDecoderLayer(embed_dim, num_heads, dim_feedforward, dropout, attention_dropout)
         self.layers = nn.ModuleList(deepcopy(layer) for _ in range(num_layers))
 
     def forward(self, x: Tensor, query_pos: QueryPosition, memory: MapTensors, pad_mask: Tensor) -> Tensor:

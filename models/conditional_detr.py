@@ -70,12 +70,23 @@ class ConditionalDecoderLayer(nn.Module):
     Content and position have projections of their own; in the attention to the image their heads lie side by side.
 
     Args:
-        embed_dim, num_heads, dim_feedforward, dropout: sizes, and the rate everywhere.
+        embed_dim, num_heads, dim_feedforward: sizes.
+        dropout: after attentions, inside and after the feed-forward block.
         first: the first layer of the decoder, whose queries hold nothing yet: there position is added to content too.
+        attention_dropout: on the weights of both attentions; None: as `dropout`.
     """
 
-    def __init__(self, embed_dim: int, num_heads: int, dim_feedforward: int, dropout: float, first: bool) -> None:
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dim_feedforward: int,
+        dropout: float,
+        first: bool,
+        attention_dropout: float | None = None,
+    ) -> None:
         super().__init__()
+        of_attention = dropout if attention_dropout is None else attention_dropout
         self.sa_qcontent_proj = nn.Linear(embed_dim, embed_dim)
         self.sa_qpos_proj = nn.Linear(embed_dim, embed_dim)
         self.sa_kcontent_proj = nn.Linear(embed_dim, embed_dim)
@@ -87,8 +98,8 @@ class ConditionalDecoderLayer(nn.Module):
         self.ca_v_proj = nn.Linear(embed_dim, embed_dim)
         self.ca_qpos_sine_proj = nn.Linear(embed_dim, embed_dim)
         self.ca_qpos_proj = nn.Linear(embed_dim, embed_dim) if first else None
-        self.self_attn = ProjectedAttention(embed_dim, num_heads, dropout)
-        self.cross_attn = ProjectedAttention(embed_dim, num_heads, dropout)
+        self.self_attn = ProjectedAttention(embed_dim, num_heads, of_attention)
+        self.cross_attn = ProjectedAttention(embed_dim, num_heads, of_attention)
         self.linear1 = nn.Linear(embed_dim, dim_feedforward)
         self.linear2 = nn.Linear(dim_feedforward, embed_dim)
         self.norm1 = nn.LayerNorm(embed_dim)
@@ -150,10 +161,18 @@ class ConditionalDecoderLayer(nn.Module):
 class ConditionalDecoder(nn.Module):
     """A stack of `ConditionalDecoderLayer` around fixed reference points; one layer norm for every layer's output."""
 
-    def __init__(self, num_layers: int, embed_dim: int, num_heads: int, dim_feedforward: int, dropout: float) -> None:
+    def __init__(
+        self,
+        num_layers: int,
+        embed_dim: int,
+        num_heads: int,
+        dim_feedforward: int,
+        dropout: float,
+        attention_dropout: float | None = None,
+    ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
-            ConditionalDecoderLayer(embed_dim, num_heads, dim_feedforward, dropout, first=layer == 0)
+            ConditionalDecoderLayer(embed_dim, num_heads, dim_feedforward, dropout, layer == 0, attention_dropout)
             for layer in range(num_layers)
         )
         self.norm = nn.LayerNorm(embed_dim)

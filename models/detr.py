@@ -15,12 +15,26 @@ from models.packing import Packing, TokenOrder, padding_of
 
 
 class DecoderLayer(nn.Module):
-    """Self-attention among the queries, attention to the image, feed-forward; a layer norm after each."""
+    """Self-attention among the queries, attention to the image, feed-forward; a layer norm after each.
 
-    def __init__(self, embed_dim: int, num_heads: int, dim_feedforward: int, dropout: float) -> None:
+    Args:
+        embed_dim, num_heads, dim_feedforward: sizes.
+        dropout: after attentions, inside and after the feed-forward block.
+        attention_dropout: on the weights of both attentions; None: as `dropout`.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dim_feedforward: int,
+        dropout: float,
+        attention_dropout: float | None = None,
+    ) -> None:
         super().__init__()
-        self.self_attn = nn.MultiheadAttention(embed_dim, num_heads, dropout, batch_first=True)
-        self.multihead_attn = nn.MultiheadAttention(embed_dim, num_heads, dropout, batch_first=True)
+        of_attention = dropout if attention_dropout is None else attention_dropout
+        self.self_attn = nn.MultiheadAttention(embed_dim, num_heads, of_attention, batch_first=True)
+        self.multihead_attn = nn.MultiheadAttention(embed_dim, num_heads, of_attention, batch_first=True)
         self.linear1 = nn.Linear(embed_dim, dim_feedforward)
         self.linear2 = nn.Linear(dim_feedforward, embed_dim)
         self.norm1 = nn.LayerNorm(embed_dim)
@@ -46,10 +60,18 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """A stack of `DecoderLayer`; one layer norm for the output of every layer."""
 
-    def __init__(self, num_layers: int, embed_dim: int, num_heads: int, dim_feedforward: int, dropout: float) -> None:
+    def __init__(
+        self,
+        num_layers: int,
+        embed_dim: int,
+        num_heads: int,
+        dim_feedforward: int,
+        dropout: float,
+        attention_dropout: float | None = None,
+    ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
-            DecoderLayer(embed_dim, num_heads, dim_feedforward, dropout) for _ in range(num_layers)
+            DecoderLayer(embed_dim, num_heads, dim_feedforward, dropout, attention_dropout) for _ in range(num_layers)
         )
         self.norm = nn.LayerNorm(embed_dim)
 

@@ -56,6 +56,8 @@ DEFAULT_ROWS = {
 SWEEP_TOKENS = (400, 850, 1600, 3400, 4800, 6400, 9600, 12800, 16000)
 # An encoder alone is compared with the same dropout in every host.
 ENCODER_FLAGS = ("--dropout", "0.1")
+# With dropout on its weights a CPU would have no fused attention to measure.
+CPU_FLAGS = ("--attention_dropout", "0")
 # Images of a step where it is not the recipe's: many small maps, or two large ones.
 ENCODER_BATCH, DILATED_ENCODER_BATCH, CRITERION_BATCH = 8, 2, 8
 
@@ -63,9 +65,10 @@ ENCODER_BATCH, DILATED_ENCODER_BATCH, CRITERION_BATCH = 8, 2, 8
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; an error of the user's is one line and exit status 2."""
     set_up_console()
-    options = build_parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    options = build_parser().parse_args(words)
     try:
-        Benchmark(options).run()
+        Benchmark(options, words).run()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -95,6 +98,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def without_folder(word: str) -> str:
+    """A word of a command line, with folders of this machine left out: --output=/home/me/x -> --output=x."""
+    before, equals, value = word.rpartition("=")
+    elsewhere = Path(value).is_absolute() or value.startswith(("~", ".."))
+    return before + equals + (Path(value).name if elsewhere else value)
+
+
 def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
     def parse(word: str) -> float:
         value = kind(word)
@@ -109,8 +119,9 @@ def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
 class Benchmark:
     """One command, from its flags to its files."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, options: argparse.Namespace, words: Sequence[str]) -> None:
         self.options = options
+        self.command = " ".join(["python", "tools/benchmark.py", *map(without_folder, words)])
         self._configs: dict[tuple[str, str | None], Config] = {}
 
     def run(self) -> None:
@@ -190,6 +201,7 @@ class Benchmark:
             words = ["--config", str(file), "--coco_path", "COCO", "--backbone_weights", "null"]
             words += ["--enact", enact] if enact else []
             words += ENCODER_FLAGS if self.scope in ("encoder", "sweep") else ()
+            words += CPU_FLAGS if self.device.type == "cpu" and self.scope != "estimate" else ()
             self._configs[row, enact] = scaled(parse_args([*words, *self.options.flags]), self.options.scale)
         return self._configs[row, enact]
 
@@ -228,17 +240,28 @@ class Benchmark:
             bar.update()
         return records
 
+    def plain_configs(self, results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """The configuration of every row and arm, with values that JSON has."""
+        configs: dict[str, dict[str, Any]] = {}
+        for record in results:
+            if record["arm"] != PRODUCT:
+                fields = asdict(self.config(record["row"], record["arm"])).items()
+                plain = {name: without_folder(value) if isinstance(value, str) else value for name, value in fields}
+                configs.setdefault(record["row"], {})[record["arm"]] = plain
+        return configs
+
     def write(self, results: list[dict[str, Any]]) -> None:
         """OUTPUT.json, .md and .png."""
         name = "benchmark" if self.scope == "model" else f"benchmark_{self.scope}"
         output = self.options.output or ROOT / "results" / name
         report: dict[str, Any] = {
-            "environment": environment.describe(self.device),
+            "environment": {**environment.describe(self.device), "command": self.command},
             "scope": self.scope,
             "device": self.device.type,
             "seed": SEED,
             "repeats": self.options.repeats,
             "scale": self.options.scale,
+            "configs": self.plain_configs(results),
             "results": results,
         }
         if self.scope == "sweep":

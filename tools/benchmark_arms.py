@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import is_fake
 
 from configs.schema import Config, EnactVariant
 from enact.information import PROBABILITY_FLOOR, gaussian_taps
-from models import build_model_from
+from models import attention_dropout, build_model_from
 
 # The length of a chunk where tokens have no values to tell it: what random ones give (spec 2.7).
 TYPICAL_CHUNK = 6
@@ -135,7 +135,7 @@ class Attention(nn.MultiheadAttention):
     """DETR's: torch's own, asked for the map, which it then stores."""
 
     def __init__(self, config: Config) -> None:
-        super().__init__(config.hidden_dim, config.nheads, config.dropout, batch_first=True)
+        super().__init__(config.hidden_dim, config.nheads, attention_dropout(config), batch_first=True)
 
 
 class _Projected(nn.Module):
@@ -144,7 +144,7 @@ class _Projected(nn.Module):
     def __init__(self, config: Config, projections: int) -> None:
         super().__init__()
         width = config.hidden_dim
-        self.num_heads, self.head_dim, self.dropout = config.nheads, width // config.nheads, config.dropout
+        self.num_heads, self.head_dim, self.dropout = config.nheads, width // config.nheads, attention_dropout(config)
         self.in_proj_weight = nn.Parameter(torch.empty(projections * width, width))
         self.in_proj_bias = nn.Parameter(torch.empty(projections * width))
         self.out_proj = nn.Linear(width, width)

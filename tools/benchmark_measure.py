@@ -68,7 +68,8 @@ def _reason(error: Exception) -> str | None:
     """What a cell says in place of figures; None for an error that is nobody's but ours."""
     if isinstance(error, TorchDynamoException):
         return f"does not compile: {str(error).strip().splitlines()[0]}"
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+    said = any(text in str(error) for text in ("can't allocate memory", "bad_alloc"))
+    if said or isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return OUT_OF_MEMORY
     return None
 

@@ -83,8 +83,19 @@ def to_markdown(report: Report) -> str:
     """The tables of a report, under a line that says where they are from."""
     where = report["environment"]
     origin = f"{where['device']}, {where['threads']} threads, torch {where['torch']}, commit {where['commit']}"
-    parts = [f"`{where['command']}`: {origin}.", *SCOPES[report["scope"]](report)]
+    parts = [f"`{where['command']}`: {origin}.", _dropout(report), *SCOPES[report["scope"]](report)]
     return "\n\n".join(parts) + "\n"
+
+
+def _dropout(report: Report) -> str:
+    """The rates of every row, which decide what a CPU can do without storing maps."""
+    rates = []
+    for row, arms in report["configs"].items():
+        config = next(iter(arms.values()))
+        weights = config["attention_dropout"]
+        apart = "" if weights in (None, config["dropout"]) else f" (on attention weights {weights:g})"
+        rates.append(f"{row} {config['dropout']:g}{apart}")
+    return f"Dropout of all arms: {', '.join(rates)}. The configuration of every arm is in the JSON."
 
 
 def _model_tables(report: Report) -> list[str]:
@@ -143,7 +154,7 @@ def _encoder_tables(report: Report) -> list[str]:
     references = ["of naive", "of official", "of dense"]
     header = ["model", "encoder", "real tokens", "clusters by layer", "train s/batch", *references]
     header += ["of the machine's rate", "GiB", *references]
-    header += ["train s, 3,400 tokens", "of dense", "inference s, 800 x 1066", "of dense"]
+    header += ["train s, one long image", "of dense", "inference s, 800 x 1066", "of dense"]
     records = (record for record in results.records if record["arm"] != PRODUCT)
     return [_table(header, map(costs, records)), _ENCODER_NOTES]
 
@@ -225,7 +236,7 @@ def encoder_name(arm: str) -> str:
 
 
 def _memory(record: Record) -> str:
-    return str(record["error"]) if record["error"] else _fixed(number(record, "bytes") / GIB, ".3f")
+    return str(record["error"]) if record["error"] else _fixed(number(record, "bytes") / GIB, ".4g")
 
 
 def _clusters(record: Record) -> str:
@@ -269,9 +280,9 @@ matching, losses, backward, clipping, optimizer) and of one image of 800 x 1066 
 autograd keeps for backward, weights left out."""
 _ENCODER_NOTES = """\
 Forward and backward of all encoder layers on random tokens: a batch with the sizes that images have in training, one
-image of 3,400 tokens; and forward alone for 800 x 1066 pixels. Naive and official are as published, on the padded map
-with every attention map stored. The machine's rate is that of a product of large square matrices in the same rounds;
-the work set against it is three times the operations of the forward pass."""
+long image (3,400 tokens at full size); and forward alone for 800 x 1066 pixels. Naive and official are as published, on
+the padded map with every attention map stored. The machine's rate is that of a product of large square matrices in the
+same rounds; the work set against it is three times the operations of the forward pass."""
 _SWEEP_NOTES = f"""\
 Seconds of forward and backward of one encoder layer on one image of so many tokens, median (lowest to highest). The
 exponent is the slope of log seconds over log tokens above {MANY_TOKENS:,} tokens."""

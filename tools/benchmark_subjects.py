@@ -35,8 +35,9 @@ from tools.benchmark_measure import Subject, attempt, matrix_product, peak_bytes
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PRODUCT = "matrix product"  # stands in place of an arm: the rate of the machine
 PRODUCT_SIZES = {"cpu": 2048, "cuda": 8192}
-# An encoder alone is also trained on one image of so many tokens, about that of 800 x 1066 pixels at a stride of 16.
-LONG_MAP = 3400
+# An encoder alone is also trained on one image of so many tokens, about that of 800 x 1066 pixels at a stride of 16;
+# of fewer in a trial, whose images are smaller.
+LONG_MAP, LONG_MAP_SIDE = 3400, 800
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,9 @@ def encoder_subject(cell: Cell, config: Config, device: torch.device) -> Subject
     if not cell.tokens:
         picture = EncoderStep(model, config, cells_of(inference_batch(config), config), device, cell.amp)
         steps["inference"] = lambda: infer(model, picture.forward)
-        steps["train_long"] = EncoderStep(model, config, map_without_padding(LONG_MAP), device, cell.amp)
+        long_map = map_without_padding(round(LONG_MAP * (config.eval_short_side / LONG_MAP_SIDE) ** 2))
+        facts["tokens_long"] = long_map.numel()
+        steps["train_long"] = EncoderStep(model, config, long_map, device, cell.amp)
     return Subject(steps, facts)
 
 

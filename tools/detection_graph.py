@@ -140,6 +140,30 @@ class OnnxGraph:
         return Detections(*map(torch.from_numpy, found))
 
 
+class ExportedGraph:
+    """The same out of a file of torch.export; it runs on a CPU.
+
+    Args:
+        path: a .pt2 file that tools/export.py wrote.
+
+    Raises:
+        InputError: this is no such file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        text = {METADATA_NAME: ""}
+        try:
+            program = torch.export.load(path, extra_files=text)
+        except Exception as error:  # many kinds, whatever the damage
+            raise InputError(f"{path} is no file of torch.export: {' '.join(str(error).split())}") from None
+        self.metadata = Metadata.from_text(json.loads(text[METADATA_NAME] or "{}"), path)
+        self._module = program.module()
+
+    def __call__(self, images: Tensor, pad_mask: Tensor, sizes: Tensor) -> Detections:
+        """As `DetectionGraph.forward`."""
+        return Detections(*self._module(images, pad_mask, sizes))
+
+
 def import_optional(*names: str) -> Any:
     """The first of some modules that are not always installed (InputError: how to install what is missing)."""
     try:

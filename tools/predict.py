@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets import eval_transform
 from datasets.transforms import resized_size
-from tools.detection_graph import Detect, DetectionGraph, Metadata, OnnxGraph
+from tools.detection_graph import Detect, DetectionGraph, ExportedGraph, Metadata, OnnxGraph
 from tools.detector_files import add_detector_flags, fields_from, inference_device, load_detector
 from tools.pictures import find_inputs, is_video, picture_size, read_picture
 from tools.predict_results import Results
@@ -84,8 +84,8 @@ class Detector:
         """A detector out of a file.
 
         Args:
-            path: a checkpoint of ours or a published one, a Hugging Face folder or file, or an ONNX file that
-                tools/export.py wrote.
+            path: a checkpoint of ours or a published one, a Hugging Face folder or file, or a file that
+                tools/export.py wrote (.onnx, .pt2).
             device: "auto", "cpu", "cuda" or "mps".
             score, batch_size: as in the constructor.
             fields: of the config, that hold over what the file says, such as `model`, `enact`, `eval_short_side`.
@@ -94,8 +94,8 @@ class Detector:
             InputError: the file holds no detector, or does not say enough of it.
         """
         path, place = Path(path), inference_device(device)
-        if path.suffix == ".onnx":
-            graph = OnnxGraph(path, place)
+        if path.suffix in (".onnx", ".pt2"):
+            graph = OnnxGraph(path, place) if path.suffix == ".onnx" else ExportedGraph(path)
             return cls(graph, graph.metadata, torch.device("cpu"), score, batch_size)
         model, config, class_names = load_detector(path, place, fields)
         detect = DetectionGraph(model, config.model).to(place).eval()
@@ -187,7 +187,7 @@ def build_parser() -> argparse.ArgumentParser:
     """A parser of the command's flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="+", help="images, folders, patterns in quotes, videos")
-    add_detector_flags(parser, "; or an ONNX file that tools/export.py wrote")
+    add_detector_flags(parser, "; or a file that tools/export.py wrote")
     parser.add_argument("--output", type=Path, help="a folder; default: predictions/ beside the checkpoint")
     parser.add_argument("--score", type=float, default=0.5, help="least score of a detection that counts (default 0.5)")
     parser.add_argument("--batch_size", type=int, default=8, help="images looked at together (default 8)")
