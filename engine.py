@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -17,9 +17,10 @@ from tqdm import tqdm
 from datasets import Batch, CocoEvaluator, CocoSummary, normalize
 from models.criterion import Criterion, Normalizers
 from models.postprocess import Postprocessor
-from util import distributed, memory
-from util.errors import InputError
+from util import distributed
 from util.meters import Averages
+from util.randomness import random_state
+from util.step_guard import Outcome, StepGuard
 
 
 class StepOptions(NamedTuple):
@@ -30,43 +31,62 @@ class StepOptions(NamedTuple):
     amp: bool
 
 
+class Wishes(NamedTuple):
+    """What this process wishes all of them to do after a step: stop training, save a checkpoint."""
+
+    stop: bool = False
+    save: bool = False
+
+
+class Work(NamedTuple):
+    """What a step was made of: enough to make it again, with the weights before it.
+
+    batches: on the device, as many as were accumulated.
+    rates: learning rate of each group of parameters.
+    random_state: before the first batch's forward.
+    """
+
+    batches: list[Batch]
+    rates: list[float]
+    random_state: dict[str, Any]
+
+    @property
+    def image_ids(self) -> list[int]:
+        """Of all batches."""
+        return [int(target["image_id"]) for batch in self.batches for target in batch.targets]
+
+
 def train_one_epoch(
     model: nn.Module,
     criterion: Criterion,
     loader: Iterable[Batch],
     optimizer: Optimizer,
-    bar: tqdm[Any],
     device: torch.device,
     options: StepOptions,
-) -> dict[str, float]:
+    wishes: Callable[[], Wishes] = Wishes,
+) -> Iterator[Outcome[Work]]:
     """Train on every batch of `loader` once.
 
     Args:
         model: a detector, or one in `DistributedDataParallel`.
-        bar: a progress bar that counts batches.
+        optimizer: a fused one on a GPU.
+        wishes: asked before each step.
 
-    Returns:
-        Means over the steps and processes: "loss", "grad_norm", each weighted loss and, with the suffix "_unscaled",
-        each unweighted one.
-
-    Raises:
-        InputError: a loss or the gradient is not finite; the weights are those before the step.
+    Yields:
+        What came of each step, on a GPU a step late. Its numbers are means over its batches: "loss", "grad_norm", each
+        weighted loss, "class_error" and, with the suffix "_unscaled", each unweighted loss.
     """
     model.train()
-    averages = Averages()
+    guard: StepGuard[Work] = StepGuard(optimizer, late=device.type == "cuda")
     for group in _groups(loader, options.accumulate):
-        batches = [batch.to(device) for batch in group]
-        values = _accumulate_gradients(model, criterion, batches, options.amp)
+        work = Work([batch.to(device) for batch in group], [g["lr"] for g in optimizer.param_groups], random_state())
+        values = _accumulate_gradients(model, criterion, work.batches, options.amp)
         norm = nn.utils.clip_grad_norm_(model.parameters(), options.clip_max_norm or math.inf)
-        step = {key: value / len(batches) for key, value in values.items()} | {"grad_norm": norm}
-        numbers = _to_host(step)
-        _demand_finite(numbers, batches)
-        optimizer.step()
+        numbers = {key: value / len(group) for key, value in values.items()} | {"grad_norm": norm}
+        outcomes = guard.take(numbers, work, **wishes()._asdict())
         optimizer.zero_grad(set_to_none=True)
-        averages.add(numbers, weight=1)
-        bar.set_postfix(_postfix(numbers, optimizer, bar, device, batches), refresh=False)
-        bar.update(len(batches))
-    return averages.over_processes(device)
+        yield from outcomes
+    yield from guard.drain()
 
 
 @torch.inference_mode()
@@ -149,27 +169,3 @@ def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
 def _to_host(values: dict[str, Tensor]) -> dict[str, float]:
     """Read scalars in one transfer."""
     return dict(zip(values, torch.stack(list(values.values())).detach().tolist(), strict=True))
-
-
-def _demand_finite(numbers: dict[str, float], batches: Sequence[Batch]) -> None:
-    wrong = [key for key, value in numbers.items() if not key.endswith("_unscaled") and not math.isfinite(value)]
-    if not wrong:
-        return
-    images = [int(target["image_id"]) for batch in batches for target in batch.targets]
-    raise InputError(
-        f"{', '.join(f'{key} is {numbers[key]}' for key in wrong[:4])} on the images {images}; training stopped before "
-        "this step changed the weights. Lower --lr, check these images' boxes, or turn --amp off"
-    )
-
-
-def _postfix(
-    numbers: dict[str, float], optimizer: Optimizer, bar: tqdm[Any], device: torch.device, batches: Sequence[Batch]
-) -> dict[str, str]:
-    """What the progress bar shows beside time: loss, learning rate, images a second of all processes, peak memory."""
-    rate = bar.format_dict["rate"] or 0.0
-    return {
-        "loss": f"{numbers['loss']:.3f}",
-        "lr": f"{optimizer.param_groups[0]['lr']:.1e}",
-        "img/s": f"{rate * len(batches[0].targets) * distributed.world_size():.1f}",
-        "mem": f"{memory.peak_gib(device):.1f}GiB",
-    }

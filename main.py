@@ -11,7 +11,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,34 +37,47 @@ from datasets import (
     train_transform,
 )
 from models import build_criterion_from, build_model_from, build_postprocessor, load_weights, warm_start
-from util import checkpoint, distributed, environment, plots
+from util import bad_steps, checkpoint, distributed, environment, memory, plots
 from util.errors import InputError
 from util.logs import Curves, Record, set_up_console, write_log
+from util.signals import Stopped, StopSignals
+from util.step_guard import Outcome
 from util.training_state import TrainingState
 
 logger = logging.getLogger("main")
+
+SCORES = "test_coco_eval_bbox"  # of a record: COCO's 12 figures, AP first
+# Fields that may differ when a run goes on, without a word.
+UNLIKE_RUNS = {
+    "output_dir", "resume", "eval", "device", "num_workers", "dist_timeout", "checkpoint_every", "checkpoint_steps",
+    "keep_every", "backbone_weights", "num_classes", "max_bad_steps",
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; an error of the user's is one line and exit status 2."""
     try:
         config = parse_args(sys.argv[1:] if argv is None else argv)
-        device = pick_device(config.device)
-        distributed.initialize(device.type, config.dist_timeout)
-        Run(config, device).go()
+        with StopSignals() as signals:
+            device = pick_device(config.device)
+            distributed.initialize(device.type, config.dist_timeout)
+            Run(config, device, signals).go()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{distributed.prefix()}error: {error}", file=sys.stderr)
         return 2
-    finally:
-        distributed.shut_down()
+    except Stopped as stopped:
+        print(f"{distributed.prefix()}{stopped}; --resume auto goes on", file=sys.stderr)
+        return stopped.status
+    distributed.shut_down()  # not after an error, when the others may never come
     return 0
 
 
 class Run:
     """One command, from its configuration to its pictures."""
 
-    def __init__(self, config: Config, device: torch.device) -> None:
+    def __init__(self, config: Config, device: torch.device, signals: StopSignals) -> None:
         set_up_console()
+        self.signals = signals
         demand_same_settings(config)
         torch.manual_seed(config.seed + distributed.rank())
         self.device = device
@@ -75,9 +88,10 @@ class Run:
             self.model = build_model_from(config).to(device)
         self.criterion = build_criterion_from(config)
         self.postprocess = build_postprocessor(config.model)
-        optimizer = build_optimizer(self.model, config)
+        optimizer = build_optimizer(self.model, config, device)
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, config.lr_drop)
         self.state = TrainingState(self.model, optimizer, scheduler)
+        self.wishes = StepWishes(signals, config.checkpoint_every, config.checkpoint_steps)
         if found is not None:
             self.resume(found)
         elif config.eval:
@@ -107,57 +121,116 @@ class Run:
         model = self.model
         if distributed.is_active():
             model = DistributedDataParallel(model)  # without device_ids, for masks are to stay in host memory
-        curves = Curves(self.folder)
-        self.evaluate_if_due(curves)  # of a run that stopped in between
+        between_epochs = state.position.batches == 0
+        curves = Curves(self.folder, state.epochs_done - between_epochs)
+        if between_epochs:
+            self.finish_epoch(curves)  # of a run that stopped just there
         with self.progress(len(batches)) as bar:
             while state.epochs_done < config.epochs:
                 bar.set_description(f"epoch {state.epochs_done + 1}/{config.epochs}")
                 batches.set_epoch(state.epochs_done)
-                self.train_one_epoch(model, loader, bar)
-                self.evaluate_if_due(curves)
+                batches.set_start(state.position.batches)
+                with self.signals.remembered():  # until a checkpoint holds the work
+                    self.train_one_epoch(model, loader, bar)
+                if any(distributed.gather_objects(self.signals.requested)):
+                    raise self.signals.stopped()
+                self.finish_epoch(curves)
         curves.close()
 
     def progress(self, batches: int) -> tqdm[Any]:
         """A bar over the batches of all epochs; a log file gets a line of it now and then."""
         return tqdm(
             total=self.config.epochs * batches,
-            initial=self.state.epochs_done * batches,
+            initial=self.state.epochs_done * batches + self.state.position.batches,
             unit="batch",
             mininterval=0.2 if sys.stderr.isatty() else 30,
             disable=not distributed.is_main(),
         )
 
     def train_one_epoch(self, model: nn.Module, loader: BatchLoader, bar: tqdm[None]) -> None:
-        """Train, step the schedule, and keep the result before anything else can go wrong."""
+        """Train to the end of the epoch, step the schedule, and keep the result before anything else can go wrong."""
         config, state = self.config, self.state
         options = engine.StepOptions(config.accumulate, config.clip_max_norm, config.amp)
-        rate, start = state.optimizer.param_groups[0]["lr"], time.perf_counter()
-        numbers = engine.train_one_epoch(model, self.criterion, loader, state.optimizer, bar, self.device, options)
+        rate = state.optimizer.param_groups[0]["lr"]
+        clock = time.perf_counter()
+        steps = engine.train_one_epoch(
+            model, self.criterion, loader, state.optimizer, self.device, options, self.wishes
+        )
+        for outcome in steps:
+            state.position.seconds += time.perf_counter() - clock
+            clock = time.perf_counter()
+            self.account(outcome, bar)
+            if outcome.save or outcome.stop:
+                self.save(checkpoint.LATEST)
+            if outcome.stop:
+                raise self.signals.stopped()
         state.scheduler.step()
         parameters = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
-        state.records.append({
+        state.end_epoch({
             "train_lr": rate,
-            **{f"train_{key}": value for key, value in numbers.items()},
-            "train_seconds": time.perf_counter() - start,
+            **{f"train_{key}": value for key, value in state.position.averages.over_processes(self.device).items()},
+            "train_seconds": state.position.seconds,
             "epoch": state.epochs_done,
             "n_parameters": parameters,
         })
         self.save(checkpoint.LATEST)
-        if state.epochs_done % config.lr_drop == 0 or state.epochs_done % config.checkpoint_every == 0:
-            self.save(f"checkpoint{state.epochs_done - 1:04d}.pth")
 
-    def evaluate_if_due(self, curves: Curves) -> None:
-        """Complete the last epoch's record, and log it."""
-        records = self.state.records
+    def account(self, outcome: Outcome[engine.Work], bar: tqdm[None]) -> None:
+        """Count a step, and show it."""
+        state, batches = self.state, outcome.work.batches
+        if outcome.bad:
+            self.handle_bad_step(outcome)
+        else:
+            state.position.averages.add(outcome.numbers, weight=1)
+        state.position.batches += len(batches)
+        state.steps += 1
+        rate = (bar.format_dict["rate"] or 0.0) * len(batches[0].targets) * distributed.world_size()
+        shown = {
+            "loss": f"{outcome.numbers['loss']:.3f}", "lr": f"{outcome.work.rates[0]:.1e}", "img/s": f"{rate:.1f}",
+            "mem": f"{memory.peak_gib(self.device):.1f}GiB",
+        }  # fmt: skip
+        bar.set_postfix(shown, refresh=False)
+        bar.update(len(batches))
+
+    def handle_bad_step(self, outcome: Outcome[engine.Work]) -> None:
+        """Keep what made it; go on if so many may be skipped (InputError if not)."""
+        state, work = self.state, outcome.work
+        images = work.image_ids
+        made_of = {
+            "model": self.model.state_dict(), "config": dataclasses.asdict(self.config), "epoch": state.epochs_done,
+            "step": state.steps, "numbers": outcome.numbers, "learning_rates": work.rates, "image_ids": images,
+            "batches": [batch._asdict() for batch in work.batches], "random_state": work.random_state,
+        }  # fmt: skip
+        kept = bad_steps.keep(made_of, self.folder, state.steps)
+        state.bad_steps += 1
+        wrong = bad_steps.describe(outcome.numbers)
+        said = f"step {state.steps}, epoch {state.epochs_done}: {wrong} on the images {images}"
+        replay = f"; see it again with python tools/replay.py {kept}" if kept else ""
+        if state.bad_steps > self.config.max_bad_steps:
+            raise InputError(
+                f"{said}; training stopped before this step changed the weights. Lower --lr, check these images' "
+                f"boxes, turn --amp off, or skip such steps with --max_bad_steps{replay}"
+            )
+        logger.warning("%s; skipped, %d of at most %d%s", said, state.bad_steps, self.config.max_bad_steps, replay)
+
+    def finish_epoch(self, curves: Curves) -> None:
+        """Complete the last epoch's record, log it, keep its checkpoint if it is to stay; twice is as good as once."""
+        config, records = self.config, self.state.records
         if not records:
             return
-        due = (len(records) % self.config.eval_every == 0 or len(records) == self.config.epochs)
-        if due and "test_coco_eval_bbox" not in records[-1]:
+        done = len(records)
+        if (done % config.eval_every == 0 or done == config.epochs) and SCORES not in records[-1]:
             records[-1].update(self.evaluate())
             self.save(checkpoint.LATEST)
-        if distributed.is_main():
-            write_log(records, self.folder)
-            curves.add(len(records) - 1, records[-1])
+        if not distributed.is_main():
+            return
+        latest = self.folder / checkpoint.LATEST
+        if done % config.lr_drop == 0 or done % config.keep_every == 0:
+            checkpoint.give_name(latest, self.folder / f"checkpoint{done - 1:04d}.pth")
+        if records[-1] is best_of(records):
+            checkpoint.give_name(latest, self.folder / checkpoint.BEST)
+        write_log(records, self.folder)
+        curves.add(done - 1, records[-1])
 
     def evaluate(self) -> Record:
         """Score the validation images; log COCO's table."""
@@ -175,7 +248,7 @@ class Run:
         logger.info("%s", summary.table)
         return {
             **{f"test_{key}": value for key, value in numbers.items()},
-            "test_coco_eval_bbox": list(summary.metrics.values()),
+            SCORES: list(summary.metrics.values()),
         }
 
     def draw(self) -> None:
@@ -212,8 +285,11 @@ class Run:
             if self.config.eval:
                 load_weights(self.model, saved["model"])
             elif same:
-                self.state.restore(saved, load_weights)
-                logger.info("resumed %s after epoch %d", path, self.state.epochs_done)
+                global_batch = self.config.batch_size * distributed.world_size()
+                self.state.restore(saved, load_weights, global_batch)
+                place = f" and {self.state.position.batches} batches" if self.state.position.batches else ""
+                logger.info("resumed %s after epoch %d%s", path, self.state.epochs_done, place)
+                self.warn_of_other_settings(origin)
             else:
                 official = origin["enact"] == "official" if origin else None
                 notes = warm_start(self.model, saved["model"], official)
@@ -222,7 +298,19 @@ class Run:
             raise InputError(f"{path}: {error}") from None
 
     def save(self, name: str) -> None:
-        self.state.save(self.folder / name, dataclasses.asdict(self.config))
+        """Write a checkpoint (a collective call)."""
+        names = self.train_set.class_names
+        self.state.save(self.folder / name, dataclasses.asdict(self.config), class_names=names)
+        self.wishes.saved()
+
+    def warn_of_other_settings(self, origin: Mapping[str, Any]) -> None:
+        """Say which fields are not those that the run had."""
+        own = dataclasses.asdict(self.config)
+        other = [f"{name} {origin[name]} -> {own[name]}" for name in own.keys() & origin.keys() - UNLIKE_RUNS
+                 if origin[name] != own[name]]  # fmt: skip
+        if other:
+            logger.warning("goes on with other settings: %s (learning rates and their schedule stay those of the "
+                           "checkpoint)", ", ".join(sorted(other)))  # fmt: skip
 
     def prepare_folder(self) -> None:
         """Make the output folder; never write over another run."""
@@ -235,6 +323,7 @@ class Run:
             )
         if distributed.is_main():
             self.folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.remove_leftovers(self.folder)
             (self.folder / "config.yaml").write_text(to_yaml(self.config))
             described = json.dumps(environment.describe(self.device), indent=1)
             (self.folder / "environment.json").write_text(f"{described}\n")
@@ -284,10 +373,13 @@ def build_data(config: Config) -> tuple[CocoDetection, CocoDetection]:
 
 def checkpoint_to_resume(config: Config) -> Path | None:
     """The file that --resume names; for "auto" the output folder's newest, if it has one."""
-    if config.resume == "auto":
-        newest = default_folder(config) / checkpoint.LATEST
-        return newest if newest.exists() else None
-    return Path(config.resume) if config.resume else None
+    if config.resume != "auto":
+        return Path(config.resume) if config.resume else None
+    own = checkpoint.newest(default_folder(config))
+    found = set(distributed.gather_objects(own))
+    if len(found) > 1:
+        raise InputError(f"--resume auto: the processes see different checkpoints: {found}; share one --output_dir")
+    return own
 
 
 def default_folder(config: Config) -> Path:
@@ -312,7 +404,7 @@ def complete(config: Config, train_set: CocoDetection, val_set: CocoDetection, r
     )
 
 
-def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, config: Config, device: torch.device) -> torch.optim.Optimizer:
     """AdamW with one learning rate for the backbone and one for the rest (spec 5.2)."""
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [
@@ -322,7 +414,36 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
             "lr": config.lr_backbone,
         },
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=device.type == "cuda")
+
+
+def best_of(records: Sequence[Record]) -> Record | None:
+    """The record of the highest AP, the first of equals; None if none was evaluated."""
+    return max((one for one in records if SCORES in one), key=lambda one: float(one[SCORES][0]), default=None)
+
+
+class StepWishes:
+    """What `engine.train_one_epoch` asks before each step: whether to stop or to save after it.
+
+    Args:
+        signals: that ask to stop.
+        minutes: between checkpoints, by the main process's clock; 0: none for their time.
+        steps: between checkpoints; 0: none for their number.
+    """
+
+    def __init__(self, signals: StopSignals, minutes: float, steps: int) -> None:
+        self._signals, self._minutes, self._steps = signals, minutes, steps
+        self.saved()
+
+    def saved(self) -> None:
+        """Begin to count anew."""
+        self._since, self._steps_since = time.monotonic(), 0
+
+    def __call__(self) -> engine.Wishes:
+        """For the step that comes now."""
+        self._steps_since += 1
+        late = distributed.is_main() and 0 < 60 * self._minutes <= time.monotonic() - self._since
+        return engine.Wishes(stop=self._signals.requested, save=late or 0 < self._steps <= self._steps_since)
 
 
 if __name__ == "__main__":

@@ -143,8 +143,14 @@ class Config:
     """Evaluate and stop."""
     eval_every: int = 1
     """Epochs."""
-    checkpoint_every: int = 10
+    checkpoint_every: float = 15.0
+    """Minutes between checkpoints inside an epoch, by the clock of the main process; 0: only after epochs."""
+    checkpoint_steps: int = 0
+    """Steps between checkpoints inside an epoch; 0: by minutes alone."""
+    keep_every: int = 10
     """Epochs between the checkpoints that are kept."""
+    max_bad_steps: int = 0
+    """Steps with a loss or gradient that is not finite that are skipped before a run stops."""
     dist_timeout: float = 30.0
     """Minutes that a process waits for the others."""
 
@@ -152,7 +158,11 @@ class Config:
         """Refuse values that no run can have (ValueError)."""
         for allowed, rule in (
             (self.batch_size > 0 and self.accumulate > 0, "batch_size and accumulate must be 1 or more"),
-            (self.eval_every > 0 and self.checkpoint_every > 0, "eval_every and checkpoint_every must be 1 or more"),
+            (self.eval_every > 0 and self.keep_every > 0, "eval_every and keep_every must be 1 or more"),
+            (
+                self.checkpoint_every >= 0 and self.checkpoint_steps >= 0 and self.max_bad_steps >= 0,
+                "checkpoint_every, checkpoint_steps and max_bad_steps must be 0 or more",
+            ),
             (self.epochs >= 0 and self.lr_drop > 0, "epochs must be 0 or more, lr_drop 1 or more"),
             (self.num_workers >= 0, "num_workers must be 0 or more"),
             (self.lr >= 0 and self.lr_backbone >= 0, "lr and lr_backbone must be 0 or more"),

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Sampler
 from datasets.coco import Batch, CocoDetection, Target, collate
 from datasets.randomness import mixed_seed
 from util.errors import InputError
+from util.signals import leave_signals_to_parent
 
 Key = tuple[int, int]  # (epoch, index)
 
@@ -116,6 +117,7 @@ def build_loader(
         dataset,
         batch_sampler=batch_sampler,
         collate_fn=collate,
+        worker_init_fn=leave_signals_to_parent,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory,

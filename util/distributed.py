@@ -58,6 +58,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
+def prefix() -> str:
+    """What a message begins with, so that one sees whose it is."""
+    return f"[rank {rank()}] " if world_size() > 1 else ""
+
+
 def is_main() -> bool:
     return rank() == 0
 

@@ -24,7 +24,7 @@ def describe(device: torch.device) -> dict[str, str | int]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
-        "commit": _commit(),
+        "commit": commit(),
         "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
 
@@ -39,7 +39,7 @@ def _processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit of this code, with a mark if files differ from it; empty outside a checkout."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:

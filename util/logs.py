@@ -28,8 +28,7 @@ class _AboveBars(logging.Handler):
 def set_up_console() -> None:
     """Messages of the main process from INFO on, of the others only warnings; progress bars stay whole."""
     handler = _AboveBars()
-    prefix = f"[rank {distributed.rank()}] " if distributed.world_size() > 1 else ""
-    handler.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
+    handler.setFormatter(logging.Formatter(f"{distributed.prefix()}%(message)s"))
     level = logging.INFO if distributed.is_main() else logging.WARNING
     logging.basicConfig(level=level, handlers=[handler], force=True)
 
@@ -42,10 +41,16 @@ def write_log(records: Sequence[Record], folder: Path) -> None:
 
 
 class Curves:
-    """TensorBoard events of the main process; does nothing in the others."""
+    """TensorBoard events of the main process; does nothing in the others.
 
-    def __init__(self, folder: Path) -> None:
-        self._writer = SummaryWriter(str(folder)) if distributed.is_main() else None
+    Args:
+        folder: of the run.
+        first_epoch: what an earlier process wrote of this epoch and of later ones does not count.
+    """
+
+    def __init__(self, folder: Path, first_epoch: int = 0) -> None:
+        purge = first_epoch if first_epoch > 0 else None
+        self._writer = SummaryWriter(str(folder), purge_step=purge) if distributed.is_main() else None
 
     def add(self, epoch: int, numbers: Mapping[str, Any]) -> None:
         """Write every number of an epoch's record; train_loss -> train/loss."""

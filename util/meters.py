@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -33,3 +34,18 @@ class Averages:
             numbers = distributed.sum_over_processes(numbers.to(device))
         *sums, weight = numbers.tolist()
         return {key: value / weight for key, value in zip(names, sums, strict=True)}
+
+    def state(self) -> dict[str, Any]:
+        """What this process has added so far, as plain values."""
+        return {"sums": dict(self._sums), "weight": self._weight}
+
+    @classmethod
+    def of_process(cls, states: Sequence[Mapping[str, Any]], rank: int, world_size: int) -> Averages:
+        """Go on from what every process had added; what others than today's had is the first one's."""
+        averages = cls()
+        own = states[rank : rank + 1] if rank else [*states[:1], *states[world_size:]]
+        for state in own:
+            for key, value in state["sums"].items():
+                averages._sums[key] = averages._sums.get(key, 0.0) + float(value)
+            averages._weight += float(state["weight"])
+        return averages

@@ -1,0 +1,84 @@
+"""Signals that ask a run to stop: Ctrl-C, a scheduler that needs the machine, SLURM before the time is up.
+
+    with StopSignals() as signals:      # a signal stops at once, by raising `Stopped`
+        with signals.remembered():      # here it is noted, and signals.requested tells; a second one stops at once
+            ...
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType, TracebackType
+from typing import Any
+
+# Signal -> exit status. SIGUSR1, SLURM's warning, ends a run as SIGTERM does.
+STATUSES = {
+    getattr(signal, name): status
+    for name, status in (("SIGTERM", 143), ("SIGUSR1", 143), ("SIGINT", 130))
+    if hasattr(signal, name)
+}
+
+
+class Stopped(BaseException):  # not an Exception: nothing that handles errors may take it for one
+    """A signal ended the run.
+
+    Args:
+        number: of the signal; None: another process had it.
+    """
+
+    def __init__(self, number: int | None = None) -> None:
+        self.status = 143 if number is None else STATUSES[signal.Signals(number)]
+        name = "another process" if number is None else signal.Signals(number).name
+        super().__init__(f"stopped by {name}")
+
+
+class StopSignals:
+    """Whether a signal has asked this process to stop; inside its block signals come here."""
+
+    def __init__(self) -> None:
+        self._number: int | None = None
+        self._remembers = False
+        self._handlers_before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():  # Python allows no other to take them
+            self._handlers_before = {number: signal.signal(number, self._receive) for number in STATUSES}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        for number, handler in self._handlers_before.items():
+            signal.signal(number, handler)
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal came that was only noted."""
+        return self._number is not None
+
+    def stopped(self) -> Stopped:
+        """What to raise once the work is safe."""
+        return Stopped(self._number)
+
+    @contextlib.contextmanager
+    def remembered(self) -> Iterator[None]:
+        """Inside the block the first signal is only noted; whoever leaves the block looks at `requested`."""
+        self._remembers = True
+        try:
+            yield
+        finally:
+            self._remembers = False
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        if self._remembers and self._number is None:
+            self._number = number
+            return
+        raise Stopped(number)
+
+
+def leave_signals_to_parent(_: int = 0) -> None:
+    """For a loader process: a signal to the whole group is the parent's to answer. A second SIGTERM does end it."""
+    for number in STATUSES:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
