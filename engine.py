@@ -80,7 +80,7 @@ def train_one_epoch(
     guard: StepGuard[Work] = StepGuard(optimizer, late=device.type == "cuda")
     for group in _groups(loader, options.accumulate):
         work = Work([batch.to(device) for batch in group], [g["lr"] for g in optimizer.param_groups], random_state())
-        values = _accumulate_gradients(model, criterion, work.batches, options.amp)
+        values = accumulate_gradients(model, criterion, work.batches, options.amp)
         norm = nn.utils.clip_grad_norm_(model.parameters(), options.clip_max_norm or math.inf)
         numbers = {key: value / len(group) for key, value in values.items()} | {"grad_norm": norm}
         outcomes = guard.take(numbers, work, **wishes()._asdict())
@@ -117,10 +117,14 @@ def evaluate(
     return averages.over_processes(device), evaluator.summarize()
 
 
-def _accumulate_gradients(
+def accumulate_gradients(
     model: nn.Module, criterion: Criterion, batches: Sequence[Batch], amp: bool
 ) -> dict[str, Tensor]:
-    """Forward and backward of each batch; the sums of the losses."""
+    """Forward and backward of each batch.
+
+    Returns:
+        The sums over the batches of what `train_one_epoch` calls numbers, but for "grad_norm".
+    """
     num_queries: Any = getattr(model, "module", model).num_queries
     normalizers = criterion.normalizers([batch.targets for batch in batches], num_queries)
     sums: dict[str, Tensor] = {}

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import logging
 import sys
@@ -40,12 +41,14 @@ from models import build_criterion_from, build_model_from, build_postprocessor, 
 from util import bad_steps, checkpoint, distributed, environment, memory, plots
 from util.errors import InputError
 from util.logs import Curves, Record, set_up_console, write_log
+from util.randomness import seed_everything
 from util.signals import Stopped, StopSignals
 from util.step_guard import Outcome
 from util.training_state import TrainingState
 
 logger = logging.getLogger("main")
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a disk without room says
 SCORES = "test_coco_eval_bbox"  # of a record: COCO's 12 figures, AP first
 # Fields that may differ when a run goes on, without a word.
 UNLIKE_RUNS = {
@@ -65,6 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"{distributed.prefix()}error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        print(f"{distributed.prefix()}error: {error}; make room, and go on with --resume auto", file=sys.stderr)
+        return 2
     except Stopped as stopped:
         print(f"{distributed.prefix()}{stopped}; --resume auto goes on", file=sys.stderr)
         return stopped.status
@@ -79,7 +87,7 @@ class Run:
         set_up_console()
         self.signals = signals
         demand_same_settings(config)
-        torch.manual_seed(config.seed + distributed.rank())
+        seed_everything(config.seed + distributed.rank())
         self.device = device
         self.train_set, self.val_set = build_data(config)
         found = checkpoint_to_resume(config)
@@ -128,8 +136,7 @@ class Run:
         with self.progress(len(batches)) as bar:
             while state.epochs_done < config.epochs:
                 bar.set_description(f"epoch {state.epochs_done + 1}/{config.epochs}")
-                batches.set_epoch(state.epochs_done)
-                batches.set_start(state.position.batches)
+                batches.set_epoch(state.epochs_done, state.position.batches)
                 with self.signals.remembered():  # until a checkpoint holds the work
                     self.train_one_epoch(model, loader, bar)
                 if any(distributed.gather_objects(self.signals.requested)):

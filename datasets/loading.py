@@ -42,25 +42,17 @@ class EpochBatches(Sampler[list[Key]]):
         self._epoch = 0
         self._start = 0
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the iterations that follow."""
-        self._epoch = epoch
-
-    def set_start(self, batch: int) -> None:
-        """Let the next iteration, and only that one, begin with this batch: to go on inside an epoch."""
-        self._start = batch
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch of the iterations that follow, and the batch that they begin with, to go on inside it."""
+        self._epoch, self._start = epoch, start
 
     def __len__(self) -> int:
-        """Batches of a whole epoch, wherever the next iteration starts."""
+        """Batches of a whole epoch, wherever iterations start."""
         return max(1, self._dataset_size // self._global_size)
 
     def __iter__(self) -> Iterator[list[Key]]:
-        start, self._start = self._start, 0
-        return self._batches(self._epoch, start)
-
-    def _batches(self, epoch: int, start: int) -> Iterator[list[Key]]:
-        order = self._order(epoch)
-        for batch in range(start, len(self)):
+        epoch, order = self._epoch, self._order(self._epoch)
+        for batch in range(self._start, len(self)):
             first = batch * self._global_size + self._rank * self._batch_size
             yield [(epoch, index) for index in order[first : first + self._batch_size].tolist()]
 

@@ -63,13 +63,17 @@ def test_keys_carry_the_epoch_and_order_can_be_kept() -> None:
     assert list(sampler) == [[(7, 0), (7, 1)], [(7, 2), (7, 3)]]
 
 
-def test_start_skips_batches_of_the_next_iteration_only() -> None:
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_start_skips_batches_until_the_next_epoch(num_workers: int) -> None:
     sampler = EpochBatches(20, 3, seed=0, rank=0, world_size=1)
     whole = list(sampler)
-    sampler.set_start(4)
+    sampler.set_epoch(0, start=4)
     assert len(sampler) == len(whole) == 6
-    assert list(sampler) == whole[4:]
-    assert list(sampler) == whole
+    loader = build_loader(Numbers(), sampler, num_workers, pin_memory=False)
+    seen = [batch.images[:, 0, 0, 0].tolist() for batch in loader]
+    assert seen == [[index for _, index in keys] for keys in whole[4:]]
+    sampler.set_epoch(1)
+    assert len(list(loader)) == len(list(sampler)) == 6
 
 
 @pytest.mark.parametrize(("batch_size", "world_size"), [(1, 1), (3, 1), (1, 3), (2, 2), (4, 3)])

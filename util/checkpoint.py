@@ -47,8 +47,10 @@ def save(state: dict[str, Any], path: Path) -> None:
             give_name(path, path.with_name(PREVIOUS))
         temporary.replace(path)
         _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    except (OSError, RuntimeError) as error:
+        hidden = error.__context__  # by torch's writer, of a full disk
+        cause = hidden if isinstance(hidden, OSError) else error
+        reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
         raise InputError(
             f"cannot write {path} ({reason}); what was saved before is whole: make room, go on with --resume auto"
         ) from error

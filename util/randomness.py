@@ -1,4 +1,4 @@
-"""The state of every random number generator that a process may draw from, as tensors and plain values."""
+"""The random number generators that a process may draw from; their state as tensors and plain values."""
 
 from __future__ import annotations
 
@@ -10,10 +10,17 @@ import numpy as np
 import torch
 
 
+def seed_everything(seed: int) -> None:
+    """Seed Python's, numpy's and torch's generators, those of all devices too."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    torch.manual_seed(seed)
+
+
 def random_state() -> dict[str, Any]:
     """The states of Python's, numpy's, torch's and the current CUDA device's generators."""
     version, numbers, gauss = random.getstate()
-    name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002  # it may be drawn from elsewhere
+    name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
     state: dict[str, Any] = {
         "python": [version, torch.tensor(numbers), gauss],
         "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
