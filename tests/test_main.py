@@ -167,11 +167,13 @@ def test_evaluation_of_a_checkpoint_repeats_its_figures() -> None:
     assert not Path("scored/checkpoint.pth").exists()
 
 
-def torchrun(processes: int, *flags: str) -> subprocess.CompletedProcess[str]:
+def torchrun(
+    processes: int, *flags: str, script: Path = ROOT / "main.py"
+) -> subprocess.CompletedProcess[str]:
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, *launch, str(ROOT / "main.py"), *TINY, *flags],
+        [sys.executable, *launch, str(script), *TINY, *flags],
         capture_output=True, text=True, timeout=240, env=environment, check=False,
     )  # fmt: skip
 

@@ -87,7 +87,7 @@ class StepGuard(Generic[T]):
             if not outcome.bad:
                 self._optimizer.step()
             return [outcome]
-        self._step_on_device(flags[:1])
+        self._step_on_device(flags[0])
         before, self._waiting = self._waiting, pending
         outcomes = [before.read()] if before is not None else []
         if not any(outcome.stop or outcome.save for outcome in outcomes):
