@@ -25,19 +25,19 @@ from tqdm import tqdm
 import engine
 from configs.cli import parse_args, to_yaml
 from configs.schema import Config
-from datasets import (
-    BatchLoader,
-    CocoDetection,
-    CocoEvaluator,
-    EpochBatches,
-    EvalBatches,
-    build_coco,
-    build_loader,
-    eval_transform,
-    prepare_shapes,
-    train_transform,
-)
+from datasets import BatchLoader, CocoDetection, CocoEvaluator, EpochBatches, EvalBatches, build_loader
 from models import build_criterion_from, build_model_from, build_postprocessor, load_weights, warm_start
+from preparation import (
+    build_data,
+    build_optimizer,
+    checkpoint_to_resume,
+    complete,
+    demand_same_settings,
+    freeze,
+    pick_device,
+    weights_to_start_from,
+)
+from tools.report_page import write_report
 from util import bad_steps, checkpoint, distributed, environment, memory, plots
 from util.errors import InputError
 from util.logs import Curves, Record, set_up_console, write_log
@@ -83,9 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 class Run:
     """One command, from its configuration to its pictures."""
 
-    def __init__(self, config: Config, device: torch.device, signals: StopSignals) -> None:
+    def __init__(self, config: Config, device: torch.device, signals: StopSignals | None = None) -> None:
         set_up_console()
-        self.signals = signals
+        self.signals = signals or StopSignals()
         demand_same_settings(config)
         seed_everything(config.seed + distributed.rank())
         self.device = device
@@ -94,14 +94,18 @@ class Run:
         self.config = config = complete(config, self.train_set, self.val_set, resumed=found is not None)
         with distributed.node_leader_first():  # who fetches pretrained weights
             self.model = build_model_from(config).to(device)
+        freeze(self.model, config.freeze)
         self.criterion = build_criterion_from(config)
         self.postprocess = build_postprocessor(config.model)
-        optimizer = build_optimizer(self.model, config, device)
+        optimizer = build_optimizer(self.model, config)
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, config.lr_drop)
         self.state = TrainingState(self.model, optimizer, scheduler)
-        self.wishes = StepWishes(signals, config.checkpoint_every, config.checkpoint_steps)
+        self.evaluator: CocoEvaluator | None = None  # of the last evaluation
+        self.wishes = StepWishes(self.signals, config.checkpoint_every, config.checkpoint_steps)
         if found is not None:
             self.resume(found)
+        elif config.pretrained is not None:
+            self.start_from(Path(config.pretrained))
         elif config.eval:
             logger.warning("--eval without --resume scores weights that were never trained")
         self.folder = Path(config.output_dir or "")
@@ -113,6 +117,8 @@ class Run:
             record = self.evaluate()
             if distributed.is_main():
                 (self.folder / "eval.json").write_text(json.dumps(record, indent=1) + "\n")
+                assert self.evaluator is not None
+                (self.folder / "detections.json").write_text(json.dumps(self.evaluator.results))
         else:
             self.train()
         if distributed.is_main():
@@ -243,14 +249,9 @@ class Run:
         """Score the validation images; log COCO's table."""
         world = distributed.rank(), distributed.world_size()
         loader = self.loader(self.val_set, EvalBatches(len(self.val_set), self.config.batch_size, *world))
+        self.evaluator = evaluator = CocoEvaluator(self.val_set.coco)
         numbers, summary = engine.evaluate(
-            self.model,
-            self.criterion,
-            self.postprocess,
-            loader,
-            CocoEvaluator(self.val_set.coco),
-            self.device,
-            self.config.amp,
+            self.model, self.criterion, self.postprocess, loader, evaluator, self.device, self.config.amp
         )
         logger.info("%s", summary.table)
         return {
@@ -259,11 +260,14 @@ class Run:
         }
 
     def draw(self) -> None:
-        """curves.png of the epochs so far, detections.png of a few validation images."""
+        """curves.png of the epochs so far, detections.png of a few validation images, report.html of all of them."""
         if self.state.records:
             plots.save_curves(self.state.records, self.folder / "curves.png")
         names = self.val_set.class_names
         plots.save_detections(self.example_detections(), names, self.folder / "detections.png")
+        if self.evaluator is not None:
+            origin, found = f"the last evaluation, of {len(self.val_set)} validation images", self.evaluator.results
+            write_report(self.folder, self.val_set.coco, self.val_set.image_dir, found, origin=origin)
         logger.info("results are in %s", self.folder)
 
     @torch.inference_mode()
@@ -298,11 +302,18 @@ class Run:
                 logger.info("resumed %s after epoch %d%s", path, self.state.epochs_done, place)
                 self.warn_of_other_settings(origin)
             else:
-                official = origin["enact"] == "official" if origin else None
-                notes = warm_start(self.model, saved["model"], official)
-                logger.info("start from the weights of %s%s", path, "".join(f"; {note}" for note in notes))
+                self.start_from(path)
+        except ValueError as error:
+            raise error if isinstance(error, InputError) else InputError(f"{path}: {error}") from None
+
+    def start_from(self, path: Path) -> None:
+        """Take the weights of another model, as far as they fit; say what does not."""
+        weights, official = weights_to_start_from(path)
+        try:
+            notes = warm_start(self.model, weights, official)
         except ValueError as error:
             raise InputError(f"{path}: {error}") from None
+        logger.info("start from the weights of %s%s", path, "".join(f"; {note}" for note in notes))
 
     def save(self, name: str) -> None:
         """Write a checkpoint (a collective call)."""
@@ -335,93 +346,6 @@ class Run:
             described = json.dumps(environment.describe(self.device), indent=1)
             (self.folder / "environment.json").write_text(f"{described}\n")
         distributed.barrier()
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of this process; "auto" takes a GPU where there is one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"no such device: {name}; try --device cpu or --device cuda") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: this torch sees no GPU; use --device cpu, or install a CUDA build of torch")
-    if device.type == "cuda" and distributed.is_launched():
-        return torch.device("cuda", distributed.local_rank())
-    return device
-
-
-def demand_same_settings(config: Config) -> None:
-    """Processes that were started with different flags would wait for one another for ever."""
-    settings = [dataclasses.asdict(config), *distributed.gather_objects(dataclasses.asdict(config))]
-    different = [name for name in settings[0] if any(other[name] != settings[0][name] for other in settings)]
-    if different:
-        values = [other[different[0]] for other in settings[1:]]
-        raise InputError(f"the processes were started with different --{different[0]}: {values}; give all the same")
-
-
-def build_data(config: Config) -> tuple[CocoDetection, CocoDetection]:
-    """The training and the validation set."""
-    if config.coco_path is not None:
-        root = Path(config.coco_path)
-    else:
-        with distributed.node_leader_first():
-            root = prepare_shapes(num_train=config.shapes_train, num_val=config.shapes_val)
-    transforms = {
-        "train": train_transform(
-            config.train_short_sides, config.max_long_side, config.crop_short_sides, config.crop_range
-        ),
-        "val": eval_transform(config.eval_short_side, config.max_long_side),
-    }
-    train, val = (build_coco(root, split, transform, config.seed) for split, transform in transforms.items())
-    return train, val
-
-
-def checkpoint_to_resume(config: Config) -> Path | None:
-    """The file that --resume names; for "auto" the output folder's newest, if it has one."""
-    if config.resume != "auto":
-        return Path(config.resume) if config.resume else None
-    own = checkpoint.newest(default_folder(config))
-    found = set(distributed.gather_objects(own))
-    if len(found) > 1:
-        raise InputError(f"--resume auto: the processes see different checkpoints: {found}; share one --output_dir")
-    return own
-
-
-def default_folder(config: Config) -> Path:
-    variant = {None: "", "paper": "_enact"}.get(config.enact, f"_enact_{config.enact}")
-    return Path(config.output_dir or f"outputs/{config.model}{variant}")
-
-
-def complete(config: Config, train_set: CocoDetection, val_set: CocoDetection, resumed: bool) -> Config:
-    """Fill in what the data decides; weights that a checkpoint brings need not be fetched first."""
-    num_classes = config.num_classes or train_set.num_classes
-    for name, dataset in (("training", train_set), ("validation", val_set)):
-        if dataset.num_classes > num_classes:
-            raise InputError(
-                f"the {name} annotations have the category id {dataset.num_classes - 1}, and the detector is for ids "
-                f"below {num_classes}; give --num_classes {dataset.num_classes}, or renumber the categories"
-            )
-    return dataclasses.replace(
-        config,
-        num_classes=num_classes,
-        output_dir=str(default_folder(config)),
-        backbone_weights=None if resumed else config.backbone_weights,
-    )
-
-
-def build_optimizer(model: nn.Module, config: Config, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW with one learning rate for the backbone and one for the rest (spec 5.2)."""
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [parameter for name, parameter in trained if not name.startswith("backbone.")]},
-        {
-            "params": [parameter for name, parameter in trained if name.startswith("backbone.")],
-            "lr": config.lr_backbone,
-        },
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=device.type == "cuda")
 
 
 def best_of(records: Sequence[Record]) -> Record | None:

@@ -83,6 +83,11 @@ class Config:
     num_classes: int | None = None
     """None: the largest category id of the training annotations + 1."""
 
+    pretrained: str | None = None
+    """Weights to start from: a checkpoint, ours or published, or a Hugging Face folder or safetensors file."""
+    freeze: tuple[str, ...] = ()
+    """Parts that are not trained, by the beginnings of their names: backbone, encoder, encoder.layers.0, ..."""
+
     # Loss and matching
     aux_loss: bool = True
     """Train the earlier decoder layers too."""

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from configs.cli import parse_args
 from datasets import Batch, CocoDetection, EpochBatches
-from main import build_data
+from preparation import build_data
 from tools import browse
 
 pytestmark = pytest.mark.usefixtures("empty_folder")

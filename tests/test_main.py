@@ -71,7 +71,8 @@ def test_training_leaves_what_the_readme_names(capsys: pytest.CaptureFixture[str
     assert run("--enact") == 0
     folder = Path("outputs/detr_enact")
     names = {path.name for path in folder.iterdir()}
-    assert {"checkpoint.pth", "log.txt", "config.yaml", "environment.json", "curves.png", "detections.png"} <= names
+    assert {"checkpoint.pth", "log.txt", "config.yaml", "environment.json", "curves.png", "detections.png",
+            "report.html"} <= names  # fmt: skip
     assert any(name.startswith("events.out.tfevents") for name in names)
     assert "Average Precision" in capsys.readouterr().err
     records = log_of(folder)
@@ -165,6 +166,9 @@ def test_evaluation_of_a_checkpoint_repeats_its_figures() -> None:
     assert scored["test_coco_eval_bbox"] == last["test_coco_eval_bbox"]
     assert scored["test_loss"] == pytest.approx(last["test_loss"])
     assert not Path("scored/checkpoint.pth").exists()
+    detections = json.loads(Path("scored/detections.json").read_text())
+    assert {found["image_id"] for found in detections} == set(range(1, 7))
+    assert "the last evaluation, of 6 validation images" in Path("scored/report.html").read_text()
 
 
 def torchrun(

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.cli import parse_args
 from configs.schema import CONFIG_DIR, Config
-from main import pick_device
+from preparation import pick_device
 from tools.benchmark_arms import ARMS
 from tools.benchmark_criterion import WAYS, criterion_subject
 from tools.benchmark_estimate import estimate_training

@@ -18,8 +18,8 @@ import engine
 from configs.schema import Config
 from datasets import Batch, normalize
 from enact.method import form_clusters
-from main import build_optimizer
 from models import build_criterion_from
+from preparation import build_optimizer
 from tools.benchmark_arms import build_arm
 from tools.benchmark_inputs import (
     EncoderCall,

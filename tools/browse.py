@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from configs.cli import parse_args
 from configs.schema import Config
 from datasets import Batch, CocoDetection, EpochBatches, collate
-from main import build_data
+from preparation import build_data
 from tools.clusters_panels import PALETTE
 from util.errors import InputError
 from util.logs import set_up_console

@@ -19,11 +19,11 @@ from datasets import prepare_shapes
 from datasets.annotations import read_annotations
 from datasets.scenes import CLASS_NAMES
 from datasets.yolo import is_yolo, read_yolo
-from main import pick_device
 from models import build_model_from, load_weights
 from models.checkpoints import OUR_ENACT, from_published, is_official
 from models.huggingface import class_names_of, fields_of
 from models.pretrained import pretrained_weights, read_config
+from preparation import pick_device
 from util import checkpoint
 from util.errors import InputError
 

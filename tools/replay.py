@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import engine
 from configs.schema import FIELD_NAMES, Config
 from datasets import Batch
-from main import pick_device
 from models import build_criterion_from, build_model_from, load_weights
+from preparation import pick_device
 from util import checkpoint
 from util.errors import InputError
 from util.logs import set_up_console

@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import engine
 from configs.schema import FIELD_NAMES, Config
 from datasets import CocoDetection, CocoEvaluator, EvalBatches, build_loader
-from main import build_data
 from models import build_criterion_from, build_postprocessor
+from preparation import build_data
 from tools.detector_files import inference_device, load_detector
 from tools.report_page import EXAMPLES, write_report
 from util import checkpoint

@@ -33,7 +33,8 @@ from configs.schema import Config
 from enact import EnactAttention
 from enact.clustering import partition_tokens
 from enact.information import Information
-from main import Run, pick_device
+from main import Run
+from preparation import pick_device
 from tools.detector_files import load_detector
 from util import environment
 from util.errors import InputError
