@@ -25,7 +25,7 @@ from tqdm import tqdm
 import engine
 from configs.cli import parse_args, to_yaml
 from configs.schema import Config
-from datasets import BatchLoader, CocoDetection, CocoEvaluator, EpochBatches, EvalBatches, build_loader
+from datasets import METRIC_NAMES, BatchLoader, CocoDetection, CocoEvaluator, EpochBatches, EvalBatches, build_loader
 from models import build_criterion_from, build_model_from, build_postprocessor, load_weights, warm_start
 from preparation import (
     build_data,
@@ -136,7 +136,7 @@ class Run:
         if distributed.is_active():
             model = DistributedDataParallel(model)  # without device_ids, for masks are to stay in host memory
         between_epochs = state.position.batches == 0
-        curves = Curves(self.folder, state.epochs_done - between_epochs)
+        curves = Curves(self.folder, state.epochs_done - between_epochs, config.wandb, dataclasses.asdict(config))
         if between_epochs:
             self.finish_epoch(curves)  # of a run that stopped just there
         with self.progress(len(batches)) as bar:
@@ -243,7 +243,8 @@ class Run:
         if records[-1] is best_of(records):
             checkpoint.give_name(latest, self.folder / checkpoint.BEST)
         write_log(records, self.folder)
-        curves.add(done - 1, records[-1])
+        figures = dict(zip((f"test_{name}" for name in METRIC_NAMES), records[-1].get(SCORES, ()), strict=False))
+        curves.add(done - 1, records[-1] | figures)
 
     def evaluate(self) -> Record:
         """Score the validation images; log COCO's table."""

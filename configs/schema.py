@@ -156,6 +156,8 @@ class Config:
     """Epochs between the checkpoints that are kept."""
     max_bad_steps: int = 0
     """Steps with a loss or gradient that is not finite that are skipped before a run stops."""
+    wandb: str | None = None
+    """Project of Weights & Biases to log to beside TensorBoard, if installed; WANDB_MODE=offline keeps it here."""
     dist_timeout: float = 30.0
     """Minutes that a process waits for the others."""
 
