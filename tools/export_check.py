@@ -62,7 +62,13 @@ class Difference:
 
 
 def prepare(files: Sequence[Path], metadata: Metadata) -> list[Inputs]:
-    """Each image alone, and all of them in one padded batch (InputError: one cannot be read, or there are none)."""
+    """Each image alone, then all of them in one padded batch if the images of a batch do not change each other.
+
+    Where they do (ENACT `official`), flat padding counts too, and rounding decides the signs of its curvature.
+
+    Raises:
+        InputError: an image cannot be read, or there are none.
+    """
     if not files:
         raise InputError("there are no images to check the exported file on; give some with --images")
     resize = eval_transform(metadata.short_side, metadata.max_long_side)
@@ -70,7 +76,7 @@ def prepare(files: Sequence[Path], metadata: Metadata) -> list[Inputs]:
     resized = [resize(picture) for picture in pictures]
     sizes = torch.tensor([[picture.height, picture.width] for picture in pictures])
     alone = [[index] for index in range(len(files))]
-    together = [list(range(len(files)))] if len(files) > 1 else []
+    together = [list(range(len(files)))] if len(files) > 1 and not metadata.alone else []
     inputs = []
     for indices in (*alone, *together):
         batch = collate([(resized[index], {}) for index in indices])
@@ -103,7 +109,8 @@ def _distances(detections: Detections, others: Detections) -> tuple[Tensor, Tens
     scores, labels, boxes = (column[certain] if certain.any() else column for column in detections)
     score = (scores[:, None] - others.scores).abs()  # (D, D')
     possible = (labels[:, None] == others.labels) & (score <= SCORE_MARGIN)
-    box = (boxes[:, None] - others.boxes).abs().amax(-1).masked_fill(~possible, float("inf"))
+    box = (boxes[:, None] - others.boxes).abs().amax(-1).nan_to_num(nan=float("inf"))
+    box = box.masked_fill(~possible, float("inf"))
     distance, partner = box.min(1)
     return distance, score.masked_fill(~possible, float("inf")).gather(1, partner[:, None])[:, 0]
 
