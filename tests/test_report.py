@@ -221,6 +221,14 @@ def test_the_curves_are_the_logs() -> None:
     assert training_charts([]) == []
 
 
+def test_epochs_are_whole_numbers_on_the_axis() -> None:
+    for epochs in (1, 2, 3, 40):
+        for _, _, chart in training_charts(records(epochs)):
+            ticks = re.findall(r'text-anchor="middle" x="[\d.]+" y="[\d.]+">([^<]*)<', str(chart))
+            assert len(ticks) > 1
+            assert all(tick.isdecimal() for tick in ticks)
+
+
 def test_a_log_that_was_cut_off_is_read_as_far_as_it_goes() -> None:
     Path("log.txt").write_text('{"epoch": 0, "train_loss": 3}\n[1]\n{"epoch": 1, "train_lo')
     assert read_log(Path("log.txt")) == [{"epoch": 0, "train_loss": 3}]

@@ -49,7 +49,9 @@ class _Axes:
     width, height = 380, 230
     left, right, top, bottom = 46, 10, 8, 38
 
-    def __init__(self, title: str, x_label: str, y_label: str, x_range: Range, y_range: Range) -> None:
+    def __init__(
+        self, title: str, x_label: str, y_label: str, x_range: Range, y_range: Range, whole: bool = False
+    ) -> None:
         self.x_range, self.y_range = x_range, y_range
         self.svg = _svg(self.width, self.height, title, "chart")
         right, bottom = self.width - self.right, self.height - self.bottom
@@ -57,7 +59,7 @@ class _Axes:
             y = self.y(value)
             _add(self.svg, "line", {"class": "grid"}, x1=self.left, x2=right, y1=y, y2=y)
             _add(self.svg, "text", {"text-anchor": "end"}, text, x=self.left - 6, y=y + 4)
-        for value, text in _ticks(x_range):
+        for value, text in _ticks(x_range, whole):
             _add(self.svg, "text", {"text-anchor": "middle"}, text, x=self.x(value), y=bottom + 16)
         _add(self.svg, "line", {"class": "axis"}, x1=self.left, x2=right, y1=bottom, y2=bottom)
         middle = {"text-anchor": "middle", "class": "label"}
@@ -94,11 +96,20 @@ def line_chart(
     y_label: str,
     x_range: Range | None = None,
     y_range: Range | None = None,
+    whole: bool = False,
 ) -> Markup:
-    """Lines over common axes; without a range an axis spans its points. `title` is for readers of the screen."""
+    """Lines over common axes.
+
+    Args:
+        title: for readers of the screen.
+        series: the lines.
+        x_label, y_label: what the axes show.
+        x_range, y_range: their ends; without, those of the points.
+        whole: only whole numbers stand at the x axis.
+    """
     points = [point for one in series for point in one.points()]
     x_span, y_span = x_range or _span([x for x, _ in points]), y_range or _span([y for _, y in points])
-    axes = _Axes(title, x_label, y_label, x_span, y_span)
+    axes = _Axes(title, x_label, y_label, x_span, y_span, whole)
     for one in series:
         axes.draw(one)
     return _markup(axes.svg)
@@ -175,9 +186,9 @@ def _markup(svg: Element) -> Markup:
     return Markup(ElementTree.tostring(svg, encoding="unicode"))  # which has escaped texts and attributes
 
 
-def _ticks(span: Range) -> list[tuple[float, str]]:
+def _ticks(span: Range, whole: bool = False) -> list[tuple[float, str]]:
     """Round numbers within a range, and how they are written."""
-    values: Any = MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]).tick_values(*span)
+    values: Any = MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10], integer=whole).tick_values(*span)
     slack = 1e-9 * (span[1] - span[0])
     return [(float(value), f"{value:.4g}") for value in values if span[0] - slack <= value <= span[1] + slack]
 

@@ -176,7 +176,7 @@ def training_charts(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, lis
         drawn = [line for line in lines if line.points()]
         if drawn:
             chart = line_chart(
-                title, drawn, x_label="epoch", y_label=title.lower(), x_range=epochs_shown, y_range=y_range
+                title, drawn, x_label="epoch", y_label=title.lower(), x_range=epochs_shown, y_range=y_range, whole=True
             )
             charts.append((title, drawn, chart))
     return charts
