@@ -61,10 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; an error of the user's is one line and exit status 2."""
     try:
         config = parse_args(sys.argv[1:] if argv is None else argv)
-        with StopSignals() as signals:
-            device = pick_device(config.device)
-            distributed.initialize(device.type, config.dist_timeout)
-            Run(config, device, signals).go()
+        device = pick_device(config.device)
+        distributed.initialize(device.type, config.dist_timeout)
+        Run(config, device).go()
     except InputError as error:
         print(f"{distributed.prefix()}error: {error}", file=sys.stderr)
         return 2
@@ -73,6 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"{distributed.prefix()}error: {error}; make room, and go on with --resume auto", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"{distributed.prefix()}stopped by SIGINT", file=sys.stderr)
+        return 130
     except Stopped as stopped:
         print(f"{distributed.prefix()}{stopped}; --resume auto goes on", file=sys.stderr)
         return stopped.status
@@ -83,9 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 class Run:
     """One command, from its configuration to its pictures."""
 
-    def __init__(self, config: Config, device: torch.device, signals: StopSignals | None = None) -> None:
+    def __init__(self, config: Config, device: torch.device) -> None:
         set_up_console()
-        self.signals = signals or StopSignals()
+        self.signals = StopSignals()
         demand_same_settings(config)
         seed_everything(config.seed + distributed.rank())
         self.device = device

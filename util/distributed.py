@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 
 def is_launched() -> bool:
@@ -32,8 +33,13 @@ def initialize(device_type: str, timeout_minutes: float) -> None:
         return
     if device_type == "cuda":
         torch.cuda.set_device(local_rank())
-    backend = "nccl" if device_type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout_minutes))
+    backend, timeout = "nccl" if device_type == "cuda" else "gloo", datetime.timedelta(minutes=timeout_minutes)
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+        # On one machine torchrun keeps its store when it starts processes again, and in it the addresses of the dead.
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"start_{start}", store)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def shut_down() -> None:

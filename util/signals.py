@@ -1,8 +1,10 @@
 """Signals that ask a run to stop: Ctrl-C, a scheduler that needs the machine, SLURM before the time is up.
 
-    with StopSignals() as signals:      # a signal stops at once, by raising `Stopped`
-        with signals.remembered():      # here it is noted, and signals.requested tells; a second one stops at once
-            ...
+    signals = StopSignals()
+    with signals.remembered():      # a signal is noted, and signals.requested tells; a second one stops at once
+        ...
+    if signals.requested:
+        raise signals.stopped()
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterator
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 # Signal -> exit status. SIGUSR1, SLURM's warning, ends a run as SIGTERM does.
@@ -36,21 +38,13 @@ class Stopped(BaseException):  # not an Exception: nothing that handles errors m
 
 
 class StopSignals:
-    """Whether a signal has asked this process to stop; inside its block signals come here."""
+    """Whether a signal has asked this process to stop.
+
+    Outside the block of `remembered` signals have their usual effect, at once even where a process waits for others.
+    """
 
     def __init__(self) -> None:
         self._number: int | None = None
-        self._remembers = False
-        self._handlers_before: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():  # Python allows no other to take them
-            self._handlers_before = {number: signal.signal(number, self._receive) for number in STATUSES}
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        for number, handler in self._handlers_before.items():
-            signal.signal(number, handler)
 
     @property
     def requested(self) -> bool:
@@ -63,18 +57,20 @@ class StopSignals:
 
     @contextlib.contextmanager
     def remembered(self) -> Iterator[None]:
-        """Inside the block the first signal is only noted; whoever leaves the block looks at `requested`."""
-        self._remembers = True
+        """Inside the block the first signal is only noted, the second raises `Stopped`; then look at `requested`."""
+        before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():  # Python allows no other to take them
+            before = {number: signal.signal(number, self._receive) for number in STATUSES}
         try:
             yield
         finally:
-            self._remembers = False
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _receive(self, number: int, _: FrameType | None) -> None:
-        if self._remembers and self._number is None:
-            self._number = number
-            return
-        raise Stopped(number)
+        if self._number is not None:
+            raise Stopped(number)
+        self._number = number
 
 
 def leave_signals_to_parent(_: int = 0) -> None:
