@@ -11,8 +11,9 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from configs.schema import Config, recipe_files
+from configs.schema import FIELD_NAMES, Config, recipe_files
 from util.errors import InputError
+from util.yaml_files import read_yaml
 
 BOOLEAN_FIELDS = frozenset(field.name for field in fields(Config) if field.type == "bool")
 
@@ -105,15 +106,17 @@ def _pick_recipe(files: list[Path], flags: list[str]) -> tuple[str, str | None, 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(file.read_text())
+        values = read_yaml(file)
     except OSError as error:
         raise InputError(f"cannot read the config {file}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} is not valid YAML: {_one_line(error)}") from None
     if not isinstance(values, dict):
         raise InputError(f"{file} must hold fields and values, such as `lr: 1.0e-4`")
+    # jsonargparse takes more keys than fields: with `config` a file would have it read another one.
+    unknown = [str(key)[:80] for key in values if key not in FIELD_NAMES]
+    if unknown:
+        raise InputError(f"{file} has {unknown[0]!r}, which is no field; --help lists them")
     return values
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return " ".join(str(error).split())[:1000]

@@ -13,6 +13,8 @@ from typing import Any, Literal, get_args
 
 import yaml
 
+from util.files import unprintable
+
 CONFIG_DIR = Path(__file__).parent
 # Fields that say what ENACT does, and their values where nothing is chosen.
 ENACT_CHOICES = {
@@ -118,6 +120,8 @@ class Config:
     max_long_side: int = 1333
     num_workers: int = 2
     """Loader processes for each training process."""
+    max_bad_images: int = 0
+    """Training images that may be missing or damaged, for each process; the next image takes the place of each."""
 
     # Optimisation
     lr: float = 1e-4
@@ -172,6 +176,7 @@ class Config:
             ),
             (self.epochs >= 0 and self.lr_drop > 0, "epochs must be 0 or more, lr_drop 1 or more"),
             (self.num_workers >= 0, "num_workers must be 0 or more"),
+            (self.max_bad_images >= 0, "max_bad_images must be 0 or more"),
             (self.lr >= 0 and self.lr_backbone >= 0, "lr and lr_backbone must be 0 or more"),
             (self.clip_max_norm >= 0, "clip_max_norm must be 0 or more"),
             (0 <= self.dropout < 1, "dropout must be in [0, 1)"),
@@ -195,10 +200,16 @@ class Config:
             (bool(self.train_short_sides), "train_short_sides must name at least one size"),
             (0 < self.crop_range[0] <= self.crop_range[1], "crop_range must be two sizes, the smaller first"),
             (self.shapes_train > 0 and self.shapes_val > 0, "shapes_train and shapes_val must be 1 or more"),
+            (all(map(_is_plain, vars(self).values())), "integers must fit into 64 bits, and texts have no line breaks"),
         ):
             if not allowed:
                 raise ValueError(rule)
 
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return not unprintable(value) if isinstance(value, str) else not isinstance(value, int) or abs(value) < 2**63
 
 
 FIELD_NAMES = frozenset(field.name for field in fields(Config))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,13 +15,14 @@ from torchvision import tv_tensors
 from torchvision.ops import box_convert
 from torchvision.transforms import v2
 
+from datasets.annotations import index as index_annotations
 from datasets.annotations import read_annotations
+from datasets.images import UnreadableImageError, read_image
 from datasets.randomness import cpu_seed, mixed_seed
+from datasets.yolo import is_yolo, read_yolo
 from util.errors import InputError
 
 Target = dict[str, Tensor]
-DEEP_MODES = ("I", "F")  # 16 or 32 bits a pixel, which Pillow would cut off at 255
-DECODING_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 class CocoDetection(Dataset[tuple[Tensor, Target]]):
@@ -32,21 +33,36 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
 
     Args:
         image_dir: the folder that `file_name` entries are relative to.
-        annotation_file: an `instances_*.json`.
+        coco: of `read_annotations`.
+        source: the file that `coco` was read from, for messages.
         transform: one of `datasets.transforms`; (PIL image, target in xyxy pixels) -> (uint8 (3,H,W), target).
         seed: with epoch and index, all that the random augmentation depends on.
+        roots: folders that an image must lie in when all links are followed; none: `image_dir`.
+        max_bad_images: how many images in a row that are missing or damaged are passed over for the next one, which
+            depends on nothing but the files; of all that are met, `BadImages` keeps count. 0: the first is an error.
 
     Raises:
-        InputError: the annotation file is missing or wrong; on access, an image is.
+        InputError: on access, an image cannot be read.
     """
 
-    def __init__(self, image_dir: Path, annotation_file: Path, transform: v2.Transform, seed: int = 0) -> None:
-        self.coco: COCO = read_annotations(Path(annotation_file))
+    def __init__(
+        self,
+        image_dir: Path,
+        coco: COCO,
+        source: Path,
+        transform: v2.Transform,
+        seed: int = 0,
+        roots: Sequence[Path] = (),
+        max_bad_images: int = 0,
+    ) -> None:
+        self.coco = coco
         self.image_ids: list[int] = sorted(self.coco.imgs)
         self.class_names: dict[int, str] = {key: self.coco.cats[key]["name"] for key in sorted(self.coco.cats)}
         self.num_classes = max(self.class_names) + 1
         self.image_dir = Path(image_dir)
-        self._annotation_file = annotation_file
+        self.source = source
+        self.max_bad_images = max_bad_images
+        self._roots = (self.image_dir, *roots)
         self._transform = transform
         self._seed = seed
         # What workers read lies in a few flat arrays: reading many small objects would copy their pages into each one.
@@ -59,7 +75,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         return len(self.image_ids)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Target]:
-        """One augmented sample, a pure function of (seed, epoch, index).
+        """One augmented sample, a pure function of (seed, epoch, index) and the files.
 
         Args:
             key: (epoch, index), index into `image_ids`.
@@ -68,43 +84,45 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
             image: uint8 (3,H,W), RGB.
             target: boxes float32 (n,4) cxcywh in [0,1] of the augmented image; labels int64 (n,); area float32 (n,) as
                 annotated, in pixels of the original image; iscrowd int64 (n,), zeros; image_id int64 (); orig_size
-                and size int64 (2,), (height, width) before and after augmentation.
+                and size int64 (2,), (height, width) before and after augmentation. Where images were passed over, the
+                sample is of the next one, and bad_images int64 (k,) holds their ids.
         """
         epoch, index = key
-        picture, target = self._read_image(index), self._objects.of_image(index, self._sizes[index])
+        picture, passed_over = self._read_from(index)
+        shown = (index + len(passed_over)) % len(self)
+        target = self._objects.of_image(shown, self._sizes[shown])
         with cpu_seed(mixed_seed("augment", self._seed, epoch, index)):
             image, target = self._transform(picture, target)
         height, width = image.shape[-2:]
         boxes = box_convert(target["boxes"].as_subclass(Tensor), "xyxy", "cxcywh")
         target["boxes"] = boxes / torch.tensor([width, height, width, height])
-        target["image_id"] = torch.tensor(self.image_ids[index])
-        target["orig_size"] = self._sizes[index].clone()
+        target["image_id"] = torch.tensor(self.image_ids[shown])
+        target["orig_size"] = self._sizes[shown].clone()
         target["size"] = torch.tensor([height, width])
+        if passed_over:
+            target["bad_images"] = torch.tensor(passed_over)
         return image, target
 
-    def _read_image(self, index: int) -> Image.Image:
-        path = self.image_dir / self._file_names[index]
-        try:
-            with Image.open(path) as image:
-                problem = self._problem_of(image, index)
-                if problem is None:
-                    picture: Image.Image = image.convert("RGB")
-                    return picture
-        except FileNotFoundError:
-            raise InputError(f"{path}: image not found, though {self._annotation_file} lists it") from None
-        except DECODING_ERRORS as error:
-            reason = " ".join(str(error).split())
-            raise InputError(f"{path}: image cannot be read ({reason}); fetch it again or remove it") from None
-        raise InputError(f"{path}: {problem}")
+    def read_picture(self, index: int) -> Image.Image:
+        """The image at `index` as stored, in RGB.
 
-    def _problem_of(self, image: Image.Image, index: int) -> str | None:
+        Raises:
+            UnreadableImageError, InputError: see `read_image`.
+        """
         height, width = self._sizes[index].tolist()
-        if image.size != (width, height):
-            found = f"{image.size[0]} x {image.size[1]}"
-            return f"image is {found} pixels, but {self._annotation_file} says {width} x {height}; correct one of them"
-        if image.mode.startswith(DEEP_MODES):
-            return f"image has pixels of mode {image.mode}; convert it to 8 bits a channel"
-        return None
+        return read_image(self.image_dir / self._file_names[index], self._roots, (width, height), self.source)
+
+    def _read_from(self, index: int) -> tuple[Image.Image, list[int]]:
+        """The image at `index` or the next one that can be read, and the ids of those that were passed over."""
+        passed_over: list[int] = []
+        while True:
+            place = (index + len(passed_over)) % len(self)
+            try:
+                return self.read_picture(place), passed_over
+            except UnreadableImageError as error:
+                if len(passed_over) >= min(self.max_bad_images, len(self) - 1):
+                    raise InputError(str(error)) from None  # the kind that a loader passes on from its workers
+                passed_over.append(self.image_ids[place])
 
 
 class _Objects(NamedTuple):
@@ -176,22 +194,39 @@ def collate(samples: list[tuple[Tensor, Target]]) -> Batch:
     return Batch(images, pad_mask, [target for _, target in samples])
 
 
-def build_coco(root: Path, split: str, transform: v2.Transform, seed: int = 0) -> CocoDetection:
-    """The "train" or "val" split of a folder in COCO's layout.
+def build_coco(
+    root: Path, split: str, transform: v2.Transform, seed: int = 0, max_bad_images: int = 0
+) -> CocoDetection:
+    """The "train" or "val" split of a folder in COCO's layout, or of one in YOLO's (or its `data.yaml`).
+
+    Args:
+        max_bad_images: see `CocoDetection`; for training only, since an evaluation counts every image.
 
     Raises:
-        InputError: the folder lacks `{split}2017/` or `annotations/instances_{split}2017.json`.
+        InputError: the folder lacks `{split}2017/` or `annotations/instances_{split}2017.json`; or what a YOLO folder
+            lacks.
     """
     root = Path(root)
+    if is_yolo(root):
+        image_dir, source, dataset = read_yolo(root, split)
+        coco, roots = index_annotations(dataset, source), [source.parent]
+    else:
+        image_dir, source = coco_paths(root, split)
+        coco, roots = read_annotations(source), [root]
+    return CocoDetection(image_dir, coco, source, transform, seed, roots, max_bad_images)
+
+
+def coco_paths(root: Path, split: str) -> tuple[Path, Path]:
+    """The image folder and the annotation file of a split (InputError if one is missing)."""
     image_dir, annotation_file = root / f"{split}2017", root / "annotations" / f"instances_{split}2017.json"
     for path, exists in (
         (root, root.is_dir()),
         (image_dir, image_dir.is_dir()),
-        (annotation_file, annotation_file.is_file()),
+        (annotation_file, annotation_file.exists()),
     ):
         if not exists:
             raise InputError(
                 f"{path} is missing; a COCO folder holds {split}2017/ with the images and "
                 f"annotations/instances_{split}2017.json"
             )
-    return CocoDetection(image_dir, annotation_file, transform, seed)
+    return image_dir, annotation_file

@@ -7,6 +7,8 @@ fractions of the picture, or `class x y x y x y ...`, a polygon, of which the bo
 
 Classes keep their numbers, from 0 on. Fractions refer to the picture the right way up; boxes of an image that is stored
 turned (EXIF) are turned with it, since COCO's boxes refer to pixels as they are stored.
+
+Nothing outside the folder of `data.yaml` is read, whatever it says; folders of images in it may be links.
 """
 
 from __future__ import annotations
@@ -17,15 +19,17 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-from PIL import ExifTags, Image
-
+from datasets.images import UnreadableImageError, open_image, orientation
 from util.errors import InputError
+from util.files import demand_inside, regular_size
+from util.yaml_files import read_yaml
 
 logger = logging.getLogger(__name__)
 
 YAML_NAME = "data.yaml"
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".mpo"})
+LARGEST_LIST = 2**28  # bytes
+LARGEST_LABELS = 2**24  # bytes
 TOLERANCE = 1e-3  # of the picture's side: what rounding may add to a fraction of 1
 Point = tuple[float, float]
 # EXIF orientation -> where a point of the upright picture lies in the stored one, both in fractions.
@@ -59,25 +63,39 @@ def is_yolo(root: Path) -> bool:
     return root.suffix in (".yaml", ".yml") or (root / YAML_NAME).is_file()
 
 
-def read_yolo(root: Path, split: str) -> YoloSplit:
+def refuse(problem: str) -> None:
+    """What `read_yolo` does about a problem unless told otherwise."""
+    raise InputError(problem)
+
+
+def yaml_path(root: Path) -> Path:
+    """The `data.yaml` of a YOLO-format folder, which may be named itself."""
+    return root if root.suffix in (".yaml", ".yml") else root / YAML_NAME
+
+
+def read_yolo(root: Path, split: str, report: Callable[[str], None] = refuse) -> YoloSplit:
     """The "train" or "val" split of a YOLO-format folder; image sizes are read from the files' headers.
 
     Args:
         root: the folder with `data.yaml`, or that file.
         split: a key of it.
+        report: is told each image and each line of labels that is wrong; where it returns, they are left out.
 
     Raises:
         InputError: what is wrong, with file and line.
     """
-    root = Path(root)
-    source = root if root.suffix in (".yaml", ".yml") else root / YAML_NAME
+    source = yaml_path(Path(root))
     content = _read_yaml(source)
     names = _class_names(content, source)
     files = _image_files(content, split, source)
     image_dir = Path(os.path.commonpath([file.parent for file in files]))
     images, annotations, turned = [], [], 0
     for number, file in enumerate(files, start=1):
-        header = _read_header(file)
+        try:
+            header = _read_header(file, (source.parent, image_dir))
+        except InputError as error:
+            report(str(error))
+            continue
         turned += header.orientation in STORED_POINT
         width, height = header.size
         images.append(
@@ -85,7 +103,7 @@ def read_yolo(root: Path, split: str) -> YoloSplit:
         )
         annotations += [
             {"image_id": number, "category_id": label, "bbox": bbox, "iscrowd": 0}
-            for label, bbox in _read_labels(file, header, len(names), source)
+            for label, bbox in _read_labels(file, header, len(names), source, report)
         ]
     _demand_labels(files, split, source)
     if turned:
@@ -107,11 +125,11 @@ def labels_path(image: Path) -> Path:
 
 def _read_yaml(source: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(source.read_text(encoding="utf-8"))
+        content = read_yaml(source)
     except FileNotFoundError:
         raise InputError(f"{source} is missing; it holds train, val and names") from None
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{source} cannot be read as YAML: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise InputError(f"{source} cannot be read ({error.strerror})") from None
     if not isinstance(content, dict):
         raise InputError(f"{source} must hold train, val and names, such as `train: images/train`")
     return content
@@ -120,13 +138,14 @@ def _read_yaml(source: Path) -> dict[str, Any]:
 def _class_names(content: dict[str, Any], source: Path) -> list[str]:
     names = content.get("names")
     if isinstance(names, dict):
-        if sorted(names) != list(range(len(names))):
-            raise InputError(f"{source}: names must be numbered from 0 on without gaps, got {list(names)[:10]}")
+        if set(names) != set(range(len(names))):
+            raise InputError(f"{source}: names must be numbered from 0 on without gaps, got {str(list(names))[:100]}")
         names = [names[label] for label in range(len(names))]
     if not isinstance(names, list) or not names:
         raise InputError(f"{source}: names must list the classes, such as `names: [cat, dog]`")
     if content.get("nc", len(names)) != len(names):
-        raise InputError(f"{source}: nc is {content['nc']}, but names has {len(names)} classes; correct one of them")
+        found = str(content["nc"])[:20]
+        raise InputError(f"{source}: nc is {found}, but names has {len(names)} classes; correct one of them")
     return [str(name) for name in names]
 
 
@@ -137,9 +156,9 @@ def _image_files(content: dict[str, Any], split: str, source: Path) -> list[Path
     files: list[Path] = []
     for entry in entries if isinstance(entries, list) else [entries]:
         place = _find(str(entry), content, split, source)
-        files += _listed(place) if place.is_file() else _inside(place)
+        files += _listed(place, source) if place.is_file() else _inside(place)
     if not files:
-        raise InputError(f"{source}: there are no images in {split}: {entries}")
+        raise InputError(f"{source}: there are no images in {split}: {str(entries)[:200]}")
     return sorted(dict.fromkeys(files))
 
 
@@ -147,25 +166,39 @@ def _find(entry: str, content: dict[str, Any], split: str, source: Path) -> Path
     """A folder or list of images; `path` may be of another machine, and exported folders often say "../" too much."""
     base = source.parent.absolute()
     bases = [base / str(content["path"]), base] if content.get("path") else [base]
-    for folder in bases:
-        for name in (entry, entry.removeprefix("../")):
-            place = Path(os.path.normpath(folder / name))
-            if place.exists():
-                return place
-    raise InputError(f"{source}: {split} is {entry}, which is not in {' nor '.join(map(str, bases))}; correct it")
+    places = [Path(os.path.normpath(folder / name)) for folder in bases for name in (entry, entry.removeprefix("../"))]
+    found = [place for place in places if os.path.exists(place)]
+    inside = [place for place in found if place.is_relative_to(base)]
+    if inside:
+        return inside[0]
+    shown = entry[:200]
+    if found:
+        raise InputError(f"{source}: {split} is {shown}, outside {base}; put {source.name} into the images' folder")
+    raise InputError(f"{source}: {split} is {shown}, which is not in {' nor '.join(map(str, bases))[:400]}; correct it")
 
 
 def _inside(folder: Path) -> Iterator[Path]:
     return (file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
 
 
-def _listed(file: Path) -> Iterator[Path]:
+def _listed(file: Path, source: Path) -> Iterator[Path]:
     """The images that a text file lists, relative to itself."""
+    base = source.parent.absolute()
+    for line in _lines(file, "a list of images", LARGEST_LIST):
+        entry = line.strip()
+        place = Path(os.path.normpath(file.parent / entry))
+        if not place.is_relative_to(base):
+            raise InputError(f"{file}: {entry[:200]} is outside {base}; put {source.name} into the images' folder")
+        if entry:
+            yield place
+
+
+def _lines(file: Path, what: str, largest: int) -> list[str]:
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        regular_size(file, largest)
+        return file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} cannot be read as a list of images: {error}") from None
-    return (Path(os.path.normpath(file.parent / line.strip())) for line in lines if line.strip())
+        raise InputError(f"{file} cannot be read as {what}: {' '.join(str(error).split())}") from None
 
 
 class _Header(NamedTuple):
@@ -175,33 +208,36 @@ class _Header(NamedTuple):
     orientation: int
 
 
-def _read_header(file: Path) -> _Header:
+def _read_header(file: Path, roots: Sequence[Path]) -> _Header:
     try:
-        with Image.open(file) as image:
-            return _Header(image.size, image.getexif().get(ExifTags.Base.Orientation, 1))
-    except FileNotFoundError:
-        raise InputError(f"{file}: image not found; correct the list that names it") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{file}: image cannot be read ({reason}); fetch it again or remove it") from None
+        with open_image(file, roots) as image:
+            return _Header(image.size, orientation(image))
+    except UnreadableImageError as error:
+        raise InputError(str(error)) from None
+    raise AssertionError("open_image suppresses nothing")
 
 
 def _read_labels(
-    image: Path, header: _Header, num_classes: int, source: Path
+    image: Path, header: _Header, num_classes: int, source: Path, report: Callable[[str], None]
 ) -> Iterator[tuple[int, list[float]]]:
     """The class and the box [x, y, width, height] in stored pixels of each object."""
     file = labels_path(image)
+    if not file.exists():
+        return
     try:
-        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: labels cannot be read ({error})") from None
+        demand_inside(file, (source.parent, image.parent, file.parent))
+        lines = _lines(file, "labels", LARGEST_LABELS)
+    except InputError as error:
+        report(str(error))
+        return
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             label, corners = _parse(line.split(), num_classes, source)
         except ValueError as error:
-            raise InputError(f"{file}, line {number}: {error}") from None
+            report(f"{file}, line {number}: {str(error)[:300]}")
+            continue
         yield label, _stored_box(corners, header)
 
 
@@ -213,9 +249,9 @@ def _parse(words: Sequence[str], num_classes: int, source: Path) -> tuple[int, t
     try:
         label, values = float(words[0]), [float(word) for word in words[1:]]
     except ValueError:
-        raise ValueError(f"{' '.join(words[:8])!r} holds something that is no number") from None
+        raise ValueError(f"{' '.join(words[:8])[:80]!r} holds something that is no number") from None
     if label not in range(num_classes):
-        raise ValueError(f"class {words[0]} is not among the {num_classes} names of {source}, which count from 0")
+        raise ValueError(f"class {words[0][:20]} is not among the {num_classes} names of {source}, which count from 0")
     outside = [value for value in values if not -TOLERANCE <= value <= 1 + TOLERANCE]  # NaN among them
     if outside:
         raise ValueError(f"{outside[0]:g} is not a fraction of the picture; divide pixels by its size")

@@ -12,9 +12,7 @@ import yaml
 from PIL import Image, ImageOps
 from torch.testing import assert_close
 
-from datasets import eval_transform
-from datasets.annotations import quiet_index
-from datasets.coco import CocoDetection
+from datasets import build_coco, eval_transform
 from datasets.yolo import is_yolo, labels_path, read_yolo
 from util.errors import InputError
 
@@ -71,18 +69,17 @@ def test_a_split_has_cocos_form(folder: Path) -> None:
     assert len(read_yolo(folder, "val").dataset["images"]) == 1
 
 
-def test_boxes_come_back_as_the_fractions_that_were_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_boxes_come_back_as_the_fractions_that_were_written(folder: Path) -> None:
     """Through the data set that trains."""
-    image_dir, source, dataset = read_yolo(folder, "train")
-    for number, annotation in enumerate(dataset["annotations"], start=1):
-        annotation.update(id=number, area=1.0)
-    monkeypatch.setattr("datasets.coco.read_annotations", lambda *_, **__: quiet_index(dataset))
-    data = CocoDetection(image_dir, source, eval_transform(50, 100))
-    image, target = data[(0, 0)]
-    assert image.shape == (3, 50, 100)
-    assert target["labels"].tolist() == [1, 2]
-    assert_close(target["boxes"], torch.tensor([[0.5, 0.5, 0.2, 0.4], [0.25, 0.75, 0.5, 0.5]]))
-    assert (data.class_names, data.num_classes) == (dict(enumerate(NAMES)), 3)
+    for root in (folder, folder / "data.yaml"):
+        data = build_coco(root, "train", eval_transform(50, 100))
+        image, target = data[(0, 0)]
+        assert image.shape == (3, 50, 100)
+        assert target["labels"].tolist() == [1, 2]
+        assert_close(target["boxes"], torch.tensor([[0.5, 0.5, 0.2, 0.4], [0.25, 0.75, 0.5, 0.5]]))
+        assert_close(target["area"], torch.tensor([1600.0, 5000]))
+        assert (data.class_names, data.num_classes) == (dict(enumerate(NAMES)), 3)
+    assert len(build_coco(folder, "val", eval_transform(50, 100))) == 1
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -187,7 +184,9 @@ def test_a_wrong_folder_is_refused_in_one_line(folder: Path, content: dict[str, 
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("text", "reason"), [("names: [", "as YAML"), ("- a", "must hold train"), (None, "missing")])
+@pytest.mark.parametrize(
+    ("text", "reason"), [("names: [", "not valid YAML"), ("- a", "must hold train"), (None, "missing")]
+)
 def test_a_broken_yaml_is_named(tmp_path: Path, text: str | None, reason: str) -> None:
     assert not is_yolo(tmp_path)
     if text is not None:

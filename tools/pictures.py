@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import ExifTags, Image, ImageOps
 
-from datasets.coco import DECODING_ERRORS, DEEP_MODES
+from datasets.images import DECODING_ERRORS, DEEP_MODES
 from util.errors import InputError
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"})

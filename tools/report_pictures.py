@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 from markupsafe import Markup
 from PIL import Image
 
-from datasets.coco import DECODING_ERRORS
+from datasets.images import DECODING_ERRORS
 from tools.analysis import ImageMatch
 
 Element = ElementTree.Element

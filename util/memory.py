@@ -1,7 +1,8 @@
-"""The most memory that this process has held."""
+"""The memory of the machine, and the most that this process has held of it or of the GPU's."""
 
 from __future__ import annotations
 
+import os
 import sys
 
 import torch
@@ -17,3 +18,11 @@ def peak_gib(device: torch.device) -> float:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # bytes there, KiB elsewhere
+
+
+def machine_bytes() -> int:
+    """The machine's memory; where the system does not tell, 8 GiB."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 8 * 2**30
