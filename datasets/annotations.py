@@ -24,7 +24,7 @@ SECTIONS = ("images", "annotations", "categories")
 UNUSED = frozenset({"segmentation"})  # most of the memory, and nothing here uses it
 
 _shown = reprlib.Repr()
-_shown.maxstring = _shown.maxother = _shown.maxlong = 200
+_shown.maxstring = _shown.maxother = _shown.maxlong = 100
 
 
 class Problem(NamedTuple):

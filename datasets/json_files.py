@@ -10,10 +10,11 @@ from util import memory
 from util.errors import InputError
 from util.files import regular_size
 
-CHUNK = 1 << 24
+CHUNK = 1 << 20
 # What one of each can at most add to memory: an object, a list, an entry of either; a digit or letter costs its own.
 BYTES_OF = {b"{": 192, b"[": 88, b",": 40, b":": 64}
-LARGEST_SHARE = 0.5  # of the machine's memory
+BYTES_OF_TEXT = 4  # the file's text, in which a character may take four, or two of them and the string
+LARGEST_SHARE = 0.8  # of the machine's memory
 
 
 def read_json(path: Path, unused: frozenset[str] = frozenset()) -> Any:
@@ -24,13 +25,15 @@ def read_json(path: Path, unused: frozenset[str] = frozenset()) -> Any:
 
     Raises:
         InputError: it is missing, no regular file, not JSON in UTF-8, nested too deeply, has an object with a key
-            twice, or would take more than half of the machine's memory.
+            twice, or would take more than four fifths of the machine's memory.
     """
     try:
         regular_size(path)
         _demand_room(path)
         with path.open(encoding="utf-8") as file:
             return json.load(file, object_pairs_hook=lambda pairs: _object(pairs, unused))
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"{path}: annotation file not found; check the data set's path") from None
     except json.JSONDecodeError as error:
@@ -62,15 +65,20 @@ def _object(pairs: list[tuple[str, Any]], unused: frozenset[str]) -> dict[str, A
     return content
 
 
-def _demand_room(path: Path) -> None:
-    """Refuse a file that would fill the memory, by what its brackets, commas and colons can cost at most."""
-    needed = 0
+def most_memory(path: Path) -> int:
+    """Bytes that parsing a JSON file can take at most, by its length and its brackets, commas and colons."""
+    needed = 2**16
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
-            needed += len(chunk) + sum(cost * chunk.count(mark) for mark, cost in BYTES_OF.items())
+            needed += BYTES_OF_TEXT * len(chunk) + sum(cost * chunk.count(mark) for mark, cost in BYTES_OF.items())
+    return needed
+
+
+def _demand_room(path: Path) -> None:
+    needed = most_memory(path)
     available = int(memory.machine_bytes() * LARGEST_SHARE)
     if needed > available:
         raise InputError(
-            f"{path}: reading it could take {needed / 2**30:.1f} GiB, more than half of this machine's memory; "
+            f"{path}: reading it could take {needed / 2**30:.1f} GiB, more than four fifths of this machine's memory; "
             "split the file, or leave out what is not needed of it, such as segmentation"
         )

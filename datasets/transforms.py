@@ -18,6 +18,7 @@ from torchvision.transforms.v2 import functional
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+LONGEST_BEFORE_CROP = 32_768  # pixels; only an image fifty times as long as wide comes to it
 PER_OBJECT = ("boxes", "labels", "area", "iscrowd")
 
 
@@ -37,7 +38,7 @@ def train_transform(
     """
     resize: v2.Transform = ResizeShortSide(short_sides, max_long_side)
     if crop_short_sides:
-        crop = [ResizeShortSide(crop_short_sides), CropRandomly(*crop_range), DropEmptyBoxes()]
+        crop = [ResizeShortSide(crop_short_sides, LONGEST_BEFORE_CROP), CropRandomly(*crop_range), DropEmptyBoxes()]
         resize = v2.RandomChoice([resize, v2.Compose([*crop, resize])])
     return v2.Compose([v2.RandomHorizontalFlip(0.5), resize, v2.PILToTensor()])
 

@@ -11,6 +11,7 @@ import torch
 
 import main as command
 from datasets import Batch, CocoDetection, CocoEvaluator, collate, eval_transform, normalize
+from datasets.annotations import read_annotations
 from models import build_criterion, build_model, build_postprocessor
 
 pytestmark = pytest.mark.slow
@@ -55,7 +56,7 @@ def four_photographs(tiny_coco: Path, folder: Path) -> CocoDetection:
     annotations["annotations"] = [annotation for image in chosen for annotation in objects[image]]
     file = folder / "four.json"
     file.write_text(json.dumps(annotations))
-    return CocoDetection(tiny_coco / "train2017", file, eval_transform(96, 144))
+    return CocoDetection(tiny_coco / "train2017", read_annotations(file), file, eval_transform(96, 144))
 
 
 @pytest.mark.parametrize("enact", [None, "paper"])
