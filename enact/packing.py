@@ -6,7 +6,7 @@ Shapes: B images of n_1 ... n_B tokens, S their sum; t_1 ... t_B clusters, R the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,18 +30,36 @@ class PackedClusters(NamedTuple):
 
     def pool(self, tokens: Tensor) -> Tensor:
         """The weighted sum of the tokens of each cluster: (S, C) -> (R, C)."""
-        weights = self.memberships[0].weight
-        dtype = torch.promote_types(tokens.dtype, weights.dtype)
-        pooled = tokens.new_zeros(sum(self.counts) + 1, tokens.shape[1], dtype=dtype)  # the last row: of no cluster
-        for index, weight in self.memberships:
-            pooled = pooled.index_add(0, index, tokens * weight.unsqueeze(1))
-        return pooled[:-1].to(tokens.dtype)
+        rows = sum(self.counts) + 1  # the last one is of no cluster
+        pooled = [_WeightedSum.apply(tokens, weight, index, rows) for index, weight in self.memberships]
+        return torch.stack(pooled).sum(0)[:-1] if len(pooled) > 1 else pooled[0][:-1]
 
     def biases(self) -> Sequence[Tensor | None]:
         """The bias of each image, (1, t) or None."""
         if self.bias is None:
             return [None] * len(self.counts)
         return torch.split(self.bias.unsqueeze(0), list(self.counts), 1)
+
+
+class _WeightedSum(torch.autograd.Function):
+    """The sum, for each row, of the tokens (S, C) with its index (S,) times their weights (S,): (rows, C).
+
+    Keeps the tokens, where index_add would keep their products with the weights too.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor, index: Tensor, rows: int) -> Tensor:
+        ctx.save_for_backward(tokens, weight, index)
+        dtype = torch.promote_types(tokens.dtype, weight.dtype)
+        sums = tokens.new_zeros(rows, tokens.shape[1], dtype=dtype)
+        return sums.index_add_(0, index, tokens * weight.unsqueeze(1)).to(tokens.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        tokens, weight, index = ctx.saved_tensors
+        of_rows = gradient.to(weight.dtype).index_select(0, index)
+        of_weight = (of_rows * tokens).sum(1) if ctx.needs_input_grad[1] else None
+        return of_rows.mul_(weight.unsqueeze(1)).to(tokens.dtype), of_weight, None, None
 
 
 def cluster_packed(

@@ -11,7 +11,9 @@ from torch.testing import assert_close
 
 from enact import EnactAttention
 from enact.attention import biased_attention
+from enact.clustering import Shared
 from enact.method import Method
+from enact.packing import PackedClusters
 
 
 def make_attention(variant: str = "paper", **options: object) -> EnactAttention:
@@ -237,3 +239,29 @@ def test_a_bias_is_added_to_the_logits_of_its_cluster(scale: float) -> None:
     found = biased_attention(query, key, value, bias, dropout=0.0, scale=scale)
     assert_close(found, expected)
     assert_close(*(torch.autograd.grad(result.square().sum(), bias)[0] for result in (found, expected)))
+
+
+@pytest.mark.parametrize("memberships", [1, 2])
+def test_pooling_of_packed_tokens_has_the_gradient_of_its_formula(memberships: int) -> None:
+    index = [torch.tensor([0, 0, 2, 3, 2]), torch.tensor([1, 3, 3, 3, 0])][:memberships]  # 3: of no cluster
+
+    def pool(tokens: Tensor, *weights: Tensor) -> Tensor:
+        shares = [Shared(*pair) for pair in zip(index, weights, strict=True)]
+        return PackedClusters(shares, (1, 2), None).pool(tokens)
+
+    tokens, *weights = torch.randn(5, 4).double(), *torch.rand(memberships, 5).double()
+    expected = torch.zeros(4, 4).double()
+    for token in range(5):
+        for rows, weight in zip(index, weights, strict=True):
+            expected[rows[token]] += weight[token] * tokens[token]
+    assert_close(pool(tokens, *weights), expected[:3])
+    assert torch.autograd.gradcheck(pool, [x.requires_grad_() for x in (tokens, *weights)])
+
+
+def test_pooling_of_packed_tokens_keeps_them_alone() -> None:
+    kept = []
+    tokens, weight = torch.randn(50, 64, requires_grad=True), torch.rand(50, requires_grad=True)
+    clusters = PackedClusters([Shared(torch.arange(50) // 5, weight)], (4, 6), None)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        clusters.pool(tokens)
+    assert {x.data_ptr() for x in kept if x.dim() == 2} == {tokens.data_ptr()}

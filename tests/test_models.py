@@ -188,25 +188,36 @@ def test_a_batch_without_padding_has_no_mask() -> None:
 
 
 def test_feed_forward_keeps_one_tensor_between_its_layers() -> None:
-    """Against autograd's own way with the same draws; bytes of the hidden tensor, once."""
-    first, second, dropout = nn.Linear(8, 64), nn.Linear(64, 8), nn.Dropout(0.3)
+    """Against autograd's own way with what was dropped; bytes of the hidden tensor, once."""
+    first, second, dropout = nn.Linear(8, 64), nn.Linear(64, 8), nn.Dropout(0.25)
     x = torch.randn(50, 8, requires_grad=True)
-    kept: set[int] = set()
+    kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         if tensor.shape == (50, 64):
-            kept.add(tensor.untyped_storage().data_ptr())
+            kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    results = []
-    for ours in (True, False):
-        torch.manual_seed(0)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            kept.clear()
-            result = feed_forward(x, first, second, dropout) if ours else second(dropout(first(x).relu()))
-            assert len(kept) == 1 or not ours
-        results.append([result, *torch.autograd.grad(result.square().sum(), [x, *first.parameters()])])
-    assert_close(results[0], results[1])
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = feed_forward(x, first, second, dropout)
+    (hidden,) = kept.values()
+    positive = first(x).relu()
+    assert 0.7 < (hidden > 0).sum() / (positive > 0).sum() < 0.8
+    expected = second(positive * (hidden > 0) / 0.75)
+    for one, other in zip(*(
+        [found, *torch.autograd.grad(found.square().sum(), [x, *first.parameters()])] for found in (result, expected)
+    ), strict=True):
+        assert_close(one, other)
+
+
+@pytest.mark.parametrize("rate", [0.001, 0.1, 0.5, 0.999999])
+def test_dropout_draws_at_its_rate(rate: float) -> None:
+    dropped = Dropout(rate)(torch.ones(401, 1001))
+    assert_close((dropped == 0).float().mean().item(), rate, atol=4e-3, rtol=0)
+    assert dropped.isfinite().all()
+    if rate < 0.9:
+        assert_close(dropped.mean().item(), 1.0, atol=1e-2, rtol=0)
+        assert (dropped[:-1] == dropped[1:]).float().mean() < 1 - 1.5 * rate * (1 - rate)  # rows are drawn apart
 
 
 def test_dropout_is_torchs_and_keeps_a_byte_a_value() -> None:
