@@ -25,7 +25,16 @@ from tqdm import tqdm
 import engine
 from configs.cli import parse_args, to_yaml
 from configs.schema import Config
-from datasets import METRIC_NAMES, BatchLoader, CocoDetection, CocoEvaluator, EpochBatches, EvalBatches, build_loader
+from datasets import (
+    METRIC_NAMES,
+    BadImages,
+    BatchLoader,
+    CocoDetection,
+    CocoEvaluator,
+    EpochBatches,
+    EvalBatches,
+    build_loader,
+)
 from models import build_criterion_from, build_model_from, build_postprocessor, load_weights, warm_start
 from preparation import (
     build_data,
@@ -54,6 +63,7 @@ SCORES = "test_coco_eval_bbox"  # of a record: COCO's 12 figures, AP first
 UNLIKE_RUNS = {
     "output_dir", "resume", "eval", "device", "num_workers", "dist_timeout", "checkpoint_every", "checkpoint_steps",
     "keep_every", "backbone_weights", "num_classes", "max_bad_steps",
+    "max_bad_images",
 }  # fmt: skip
 
 
@@ -92,6 +102,7 @@ class Run:
         seed_everything(config.seed + distributed.rank())
         self.device = device
         self.train_set, self.val_set = build_data(config)
+        self.bad_images = BadImages(self.train_set)
         found = checkpoint_to_resume(config)
         self.config = config = complete(config, self.train_set, self.val_set, resumed=found is not None)
         with distributed.node_leader_first():  # who fetches pretrained weights
@@ -169,7 +180,7 @@ class Run:
         rate = state.optimizer.param_groups[0]["lr"]
         clock = time.perf_counter()
         steps = engine.train_one_epoch(
-            model, self.criterion, loader, state.optimizer, self.device, options, self.wishes
+            model, self.criterion, self.bad_images.watch(loader), state.optimizer, self.device, options, self.wishes
         )
         for outcome in steps:
             state.position.seconds += time.perf_counter() - clock

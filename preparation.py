@@ -48,14 +48,12 @@ def build_data(config: Config) -> tuple[CocoDetection, CocoDetection]:
     else:
         with distributed.node_leader_first():
             root = prepare_shapes(num_train=config.shapes_train, num_val=config.shapes_val)
-    transforms = {
-        "train": train_transform(
-            config.train_short_sides, config.max_long_side, config.crop_short_sides, config.crop_range
-        ),
-        "val": eval_transform(config.eval_short_side, config.max_long_side),
-    }
-    train, val = (build_coco(root, split, transform, config.seed) for split, transform in transforms.items())
-    return train, val
+    augment = train_transform(
+        config.train_short_sides, config.max_long_side, config.crop_short_sides, config.crop_range
+    )
+    resize = eval_transform(config.eval_short_side, config.max_long_side)
+    train = build_coco(root, "train", augment, config.seed, config.max_bad_images)
+    return train, build_coco(root, "val", resize, config.seed)
 
 
 def checkpoint_to_resume(config: Config) -> Path | None:

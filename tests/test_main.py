@@ -278,6 +278,18 @@ def test_a_broken_photograph_stops_with_its_name(cache: Path, capsys: pytest.Cap
     assert photograph.name in error
 
 
+def test_a_broken_photograph_is_replaced_where_that_is_allowed(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = coco_copy(cache, Path("data"))
+    photograph = sorted((data / "train2017").iterdir())[3]
+    photograph.write_bytes(photograph.read_bytes()[:300])
+    flags = ["--coco_path", "data", "--config", str(ROOT / "configs/shapes.yaml"), *TINY, "--max_bad_images", "1"]
+    assert command.main([*flags, "--output_dir", "run", "--num_workers", "1"]) == 0
+    said = capsys.readouterr().err
+    assert said.count(f"{photograph.name}: ") == 1
+    assert "the next image takes its place (1 of at most 1)" in said
+    assert len(log_of("run")) == 2
+
+
 def test_an_existing_run_is_never_written_over(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--output_dir", "mine", "--epochs", "1") == 0
     broken("mine holds a run already", "--output_dir", "mine", capsys=capsys)
