@@ -19,14 +19,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from documentation import FLAG, LINK, PAGES, ROOT, Command, broken_links, commands, prose, python_blocks
+from PIL import Image
+from test_export import assert_same_rows
+from test_predict import table
 from torch import nn
 
 from configs.schema import FIELD_NAMES, recipe
 from models import build_model_from
 from models.checkpoints import to_published
+from tools import method_picture
 
 TINY: dict[str, Any] = {
     "backbone": "resnet10", "backbone_weights": None, "dilation": False, "enc_layers": 1, "dec_layers": 1,
@@ -118,7 +123,7 @@ def test_flags_that_a_page_names_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=names)
 def test_files_that_a_page_names_exist(page: Path) -> None:
-    named = re.findall(r"`((?:tools|scripts|configs|tests|enact|models|results)/[\w./]*)`", prose(page))
+    named = re.findall(r"`((?:tools|scripts|configs|tests|enact|models|results)/[\w./]*)[` ]", prose(page))
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
@@ -128,7 +133,8 @@ def published(name: str, enact: str | None, file: str, num_classes: int = 91) ->
     config = recipe(name, enact, **TINY, **sizes, num_classes=num_classes)
     torch.manual_seed(0)
     model = build_model_from(config)
-    nn.init.normal_(model.get_parameter("class_embed.weight"), std=0.5)
+    for head, spread in (("class_embed.weight", 2.0), ("bbox_embed.layers.2.weight", 0.3)):
+        nn.init.normal_(model.get_parameter(head), std=spread)
     arguments = argparse.Namespace(backbone="resnet10", dilation=False, nheads=TINY["nheads"])
     torch.save({"model": to_published(model.state_dict()), "args": arguments}, file)
 
@@ -227,6 +233,17 @@ def test_the_commands_and_the_code_of_a_page_run(page: Path, monkeypatch: pytest
              "targets": [{"labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]])}]}  # fmt: skip
     for code in python_blocks(page):
         exec(compile(code, str(page), "exec"), dict(given))
+    if page.name == "predict-and-export.md":
+        expected = table("found")
+        for folder in ("found_onnx", "found_pt2"):
+            assert_same_rows(table(folder), expected, 1e-3)
+
+
+def test_the_picture_of_the_method_is_drawn(tmp_path: Path) -> None:
+    assert method_picture.main(["--output", str(tmp_path / "new" / "row.png")]) == 0
+    with Image.open(tmp_path / "new" / "row.png") as drawn, Image.open(ROOT / "docs" / "pictures" / "row.png") as kept:
+        assert drawn.size == kept.size
+        assert np.asarray(drawn).std() > 20
 
 
 def train_what_needs_gpus(folder: Path) -> None:
