@@ -139,6 +139,10 @@ class Config:
     """Largest norm of the gradient of all weights; 0: no clipping."""
     amp: bool = False
     """Bf16 autocast."""
+    checkpoint_activations: Literal["none", "encoder", "backbone", "all"] = "none"
+    """Where to keep the inputs of layers alone for backward, which runs them again: less memory, more time."""
+    compile: bool = False
+    """Torch.compile for backbone, encoder layers and decoder; a first step takes minutes."""
     seed: int = 42
 
     # Run

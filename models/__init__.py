@@ -21,6 +21,7 @@ from enact.order import token_order
 from models.anchor_detr import AnchorDecoder, AnchorDetr, RowColumnEncoder
 from models.backbone import Backbone
 from models.checkpoints import load_weights, warm_start
+from models.compilation import compile_model
 from models.conditional_detr import ConditionalDecoder, ConditionalDetr
 from models.criterion import ClassLoss, Criterion, FocalClassLoss, SoftmaxClassLoss
 from models.detr import Decoder, Detr
@@ -30,7 +31,7 @@ from models.position_encoding import build_position_embedding
 from models.postprocess import Postprocessor, focal_detections, softmax_detections
 from models.row_column import RowColumnAttention
 
-__all__ = ["build_criterion", "build_model", "build_postprocessor", "load_weights", "warm_start"]
+__all__ = ["build_criterion", "build_model", "build_postprocessor", "compile_model", "load_weights", "warm_start"]
 
 # COCO's largest category id, and 1.
 COCO_CLASSES = 91
@@ -128,13 +129,17 @@ def _backbone(config: Config) -> Backbone:
         config.backbone_stage,
         frozen_stages,
         config.backbone_norm,
+        recompute=config.checkpoint_activations in ("backbone", "all"),
     )
 
 
 def _encoder(config: Config) -> Encoder:
-    return Encoder(
-        _self_attention(config), config.enc_layers, config.hidden_dim, config.dim_feedforward, config.dropout
-    )
+    return Encoder(_self_attention(config), *_encoder_sizes(config))
+
+
+def _encoder_sizes(config: Config) -> tuple[int, int, int, float, bool]:
+    recompute = config.checkpoint_activations in ("encoder", "all")
+    return config.enc_layers, config.hidden_dim, config.dim_feedforward, config.dropout, recompute
 
 
 def _decoder_sizes(config: Config) -> tuple[int, int, int, int, float, float]:
@@ -186,9 +191,7 @@ def _as_published(model: Detr, config: Config) -> Detr:
 
 
 def _anchor_detr(config: Config) -> AnchorDetr:
-    encoder = RowColumnEncoder(
-        _row_column_self_attention(config), config.enc_layers, config.hidden_dim, config.dim_feedforward, config.dropout
-    )
+    encoder = RowColumnEncoder(_row_column_self_attention(config), *_encoder_sizes(config))
     return AnchorDetr(
         _backbone(config),
         encoder,

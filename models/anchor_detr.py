@@ -21,6 +21,7 @@ from models.layers import (
     collect_outputs,
     feature_pad_mask,
     feed_forward,
+    run_layer,
     start_at_anchors,
 )
 from models.packing import Packing, TokenOrder, attend_packed, padding_of
@@ -76,6 +77,7 @@ class RowColumnEncoder(nn.Module):
     Args:
         make_self_attention: makes the self-attention.
         num_layers, embed_dim, dim_feedforward, dropout: of the layers.
+        recompute: as in `Encoder`.
     """
 
     def __init__(
@@ -85,8 +87,10 @@ class RowColumnEncoder(nn.Module):
         embed_dim: int,
         dim_feedforward: int,
         dropout: float,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
+        self.recompute = recompute
         layer = RowColumnEncoderLayer(make_self_attention(), embed_dim, dim_feedforward, dropout)
         self.layers = nn.ModuleList(deepcopy(layer) for _ in range(num_layers))
 
@@ -102,7 +106,7 @@ class RowColumnEncoder(nn.Module):
             The shape of `x`.
         """
         for layer in self.layers:
-            x = layer(x, pos_row, pos_col, padding)
+            x = run_layer(layer, x, pos_row, pos_col, padding, recompute=self.recompute)
         return x
 
 

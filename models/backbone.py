@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.ops import FrozenBatchNorm2d
 
+from models.layers import run_layer
 from util.errors import InputError
 
 RESNETS = ("resnet10", "resnet18", "resnet34", "resnet50", "resnet101")
@@ -36,6 +37,7 @@ class Backbone(nn.Module):
         norm: "frozen" batch normalisation as published, or "group" normalisation, which learns from random weights and
             from small batches.
         frozen_stages: how many stages, the stem counted with the first, are not trained; 1 as published.
+        recompute: keep the input of each trained stage alone for backward, which computes the rest once more.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Backbone(nn.Module):
         stage: int = 4,
         frozen_stages: int = 1,
         norm: str = "frozen",
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         if name not in RESNETS:
@@ -58,6 +61,7 @@ class Backbone(nn.Module):
         kept = (*STEM, *STAGES[:stage])
         body = nn.Sequential(OrderedDict((part, getattr(resnet, part)) for part in kept))
         self.body = body.to(memory_format=torch.channels_last)  # a fifth faster on a CPU; what GPU kernels want
+        self.recompute = recompute
         self.num_channels = _out_channels(self.body)
         self.stride = 16 if dilation else 2 ** (stage + 1)
         frozen = kept[: len(STEM) + frozen_stages] if frozen_stages else ()
@@ -66,7 +70,10 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images float (B, 3, H, W), normalised -> features (B, C, h, w), h = ceil(H / stride)."""
-        features: Tensor = self.body(images.contiguous(memory_format=torch.channels_last))
+        features = images.contiguous(memory_format=torch.channels_last)
+        for part in self.body:
+            trained = any(weight.requires_grad for weight in part.parameters())
+            features = run_layer(part, features, recompute=self.recompute and trained)
         return features
 
 

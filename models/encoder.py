@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from models.layers import Dropout, feed_forward
+from models.layers import Dropout, feed_forward, run_layer
 from models.packing import Packing, Padding, attend_packed
 
 # Of a module called as nn.MultiheadAttention: (query, key, value, key_padding_mask=, need_weights=) -> (result, ...).
@@ -56,6 +56,7 @@ class Encoder(nn.Module):
     Args:
         make_self_attention: called once a layer.
         num_layers, embed_dim, dim_feedforward, dropout: of the layers.
+        recompute: keep the input of each layer alone for backward, which computes the rest once more.
     """
 
     def __init__(
@@ -65,8 +66,10 @@ class Encoder(nn.Module):
         embed_dim: int,
         dim_feedforward: int,
         dropout: float,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
+        self.recompute = recompute
         self.layers = nn.ModuleList(
             EncoderLayer(make_self_attention(), embed_dim, dim_feedforward, dropout) for _ in range(num_layers)
         )
@@ -82,5 +85,5 @@ class Encoder(nn.Module):
             The shape of `tokens`.
         """
         for layer in self.layers:
-            tokens = layer(tokens, position, padding)
+            tokens = run_layer(layer, tokens, position, padding, recompute=self.recompute)
         return tokens

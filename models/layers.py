@@ -9,9 +9,22 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 # Values that a CPU takes through several operations one after the other while its cache holds them.
 CACHED = 2**17
+
+
+def run_layer(layer: nn.Module, *inputs: Any, recompute: bool) -> Tensor:
+    """layer(*inputs); to `recompute` is to keep nothing but the inputs for backward, which runs the layer again.
+
+    With the same random draws, so that results and gradients are the same.
+    """
+    if recompute and torch.is_grad_enabled():
+        result: Tensor = checkpoint(layer, *inputs, use_reentrant=False)
+    else:
+        result = layer(*inputs)
+    return result
 
 
 class MLP(nn.Module):
@@ -137,7 +150,8 @@ class _Dropout(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, rate: float) -> Tensor:
         keep, ctx.scale = _draw(x, rate)
         ctx.save_for_backward(keep)
-        return (x * ctx.scale).mul_(keep)
+        result: Tensor = x * ctx.scale
+        return result.mul_(keep)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:

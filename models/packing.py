@@ -93,6 +93,7 @@ def padding_of(
     return pad_mask.flatten(1).to(device, non_blocking=True)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # of images of other lengths it would be another graph
 def attend_packed(attention: nn.Module, *tokens: Tensor, packing: Packing) -> Tensor:
     """Call a self-attention on packed tokens.
 
