@@ -22,7 +22,22 @@ from util.errors import InputError
 RESNETS = ("resnet10", "resnet18", "resnet34", "resnet50", "resnet101")
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 STEM = ("conv1", "bn1", "relu", "maxpool")
-NORMS: dict[str, Callable[[int], nn.Module]] = {"frozen": FrozenBatchNorm2d, "group": partial(nn.GroupNorm, 32)}
+
+class FrozenBatchNorm(FrozenBatchNorm2d):  # type: ignore[misc]
+    """torchvision's as one operation, whose result has the precision of its input.
+
+    In bf16 torchvision's gives fp32, so that autograd keeps every map twice.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) -> the same."""
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        scale, shift = (factor.to(x.dtype).view(1, -1, 1, 1) for factor in (scale, shift))
+        return torch.addcmul(shift, x, scale)
+
+
+NORMS: dict[str, Callable[[int], nn.Module]] = {"frozen": FrozenBatchNorm, "group": partial(nn.GroupNorm, 32)}
 
 
 class Backbone(nn.Module):

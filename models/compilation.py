@@ -35,8 +35,8 @@ def compile_model(model: nn.Module, backend: str = "inductor") -> nn.Module:
     layers = encoder.get_submodule("layers").children() if hasattr(encoder, "layers") else ()
     for part in (model.get_submodule("backbone"), *layers, model.get_submodule("decoder")):
         part.compile(dynamic=True, backend=backend)
-        compiled: Callable[..., Any] = part._compiled_call_impl  # type: ignore[assignment]
-        part._compiled_call_impl = _Guarded(part, compiled, state)  # type: ignore[assignment]
+        compiled: Callable[..., Any] = part._compiled_call_impl
+        part._compiled_call_impl = _Guarded(part, compiled, state)
     return model
 
 

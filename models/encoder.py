@@ -45,7 +45,8 @@ class EncoderLayer(nn.Module):
 
     def _attend(self, located: Tensor, tokens: Tensor, padding: Padding) -> Tensor:
         if isinstance(padding, Packing):
-            return attend_packed(self.self_attn, located, located, tokens, packing=padding)
+            packed: Tensor = attend_packed(self.self_attn, located, located, tokens, packing=padding)
+            return packed
         attended: Tensor = self.self_attn(located, located, tokens, key_padding_mask=padding, need_weights=False)[0]
         return attended
 

@@ -15,7 +15,6 @@ from enact.order import hilbert
 from models import build_criterion, build_model, load_weights
 from models.backbone import Backbone
 from models.checkpoints import to_published
-from models.layers import Dropout, feed_forward
 from models.packing import Packing
 from util.errors import InputError
 
@@ -185,51 +184,6 @@ def test_a_batch_without_padding_has_no_mask() -> None:
     attention.register_forward_pre_hook(lambda _, inputs, named: masks.append(named), with_kwargs=True)
     model(*batch_of((96, 96), (96, 96)))
     assert masks[0]["key_padding_mask"] is None
-
-
-def test_feed_forward_keeps_one_tensor_between_its_layers() -> None:
-    """Against autograd's own way with what was dropped; bytes of the hidden tensor, once."""
-    first, second, dropout = nn.Linear(8, 64), nn.Linear(64, 8), nn.Dropout(0.25)
-    x = torch.randn(50, 8, requires_grad=True)
-    kept: dict[int, Tensor] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        if tensor.shape == (50, 64):
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        result = feed_forward(x, first, second, dropout)
-    (hidden,) = kept.values()
-    positive = first(x).relu()
-    assert 0.7 < (hidden > 0).sum() / (positive > 0).sum() < 0.8
-    expected = second(positive * (hidden > 0) / 0.75)
-    for one, other in zip(*(
-        [found, *torch.autograd.grad(found.square().sum(), [x, *first.parameters()])] for found in (result, expected)
-    ), strict=True):
-        assert_close(one, other)
-
-
-@pytest.mark.parametrize("rate", [0.001, 0.1, 0.5, 0.999999])
-def test_dropout_draws_at_its_rate(rate: float) -> None:
-    dropped = Dropout(rate)(torch.ones(401, 1001))
-    assert_close((dropped == 0).float().mean().item(), rate, atol=4e-3, rtol=0)
-    assert dropped.isfinite().all()
-    if rate < 0.9:
-        assert_close(dropped.mean().item(), 1.0, atol=1e-2, rtol=0)
-        assert (dropped[:-1] == dropped[1:]).float().mean() < 1 - 1.5 * rate * (1 - rate)  # rows are drawn apart
-
-
-def test_dropout_is_torchs_and_keeps_a_byte_a_value() -> None:
-    x, kept = torch.randn(1000, requires_grad=True), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.nbytes) or tensor, lambda t: t):
-        dropped = Dropout(0.25)(x)
-    assert sum(kept) <= 1000
-    (gradient,) = torch.autograd.grad(dropped.sum(), x)
-    assert_close(dropped, x * gradient)
-    assert set(gradient.tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
-    assert 650 < int((gradient > 0).sum()) < 850
-    assert_close(Dropout(0.25).eval()(x), x)
 
 
 def test_an_image_smaller_than_a_cell_is_detected_on() -> None:
