@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from models.huggingface import config_of, to_huggingface
@@ -115,11 +114,7 @@ def _safetensors() -> Any:
 
 
 def _read_bare(path: Path) -> dict[str, Tensor]:
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler raises many kinds, whatever the damage
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"{path} is not a file of weights that can be read safely: {reason[0]}") from None
+    weights = checkpoint.read_safely(path)
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise InputError(f"{path} is not a state dict of tensors")
     return weights

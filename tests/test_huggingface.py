@@ -234,9 +234,9 @@ def refusal(path: Path) -> str:
 def test_files_that_hold_no_weights_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "check --pretrained" in refusal(tmp_path / "nowhere.bin")
     assert "neither model.safetensors nor pytorch_model.bin" in refusal(tmp_path)
-    for name, text in (("a.safetensors", "not a safetensors file"), ("a.bin", "cannot be"), ("a.pth", "not a chec")):
+    for name, text in (("a.safetensors", "not a safetensors file"), ("a.bin", "not a chec"), ("a.pth", "not a chec")):
         (tmp_path / name).write_bytes(b"Dear reader")
-        assert text.replace("cannot be", "not a file of weights") in refusal(tmp_path / name)
+        assert text in refusal(tmp_path / name)
     torch.save({"lr": 1}, tmp_path / "b.bin")
     assert "not a state dict of tensors" in refusal(tmp_path / "b.bin")
     with pytest.raises(InputError, match=r"config\.json is missing"):

@@ -9,12 +9,12 @@ import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from util.archives import demand_plain_archive
 from util.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -113,20 +113,27 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         InputError: there is no such file, it is no checkpoint, or it is damaged.
     """
-    state = read_safely(path, _read)
+    state = read_safely(path)
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise InputError(f'{path} is not a checkpoint of a detector: it has no "model" entry')
     return state
 
 
-def read_safely(path: Path, read: Callable[[Path], Any]) -> Any:
-    """What `read` makes of the file at `path`; whatever is wrong with the file is one line (InputError)."""
+def read_safely(path: Path) -> Any:
+    """What `torch.save` wrote to `path`: tensors, plain values, an `argparse.Namespace`; on the CPU.
+
+    Raises:
+        InputError: whatever is wrong with the file, in one line.
+    """
     try:
-        return read(path)
+        demand_plain_archive(path)
+        _demand_checksums(path)  # which torch.load does not look at
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
         raise
     except FileNotFoundError:
-        raise InputError(f"no checkpoint at {path}; check --resume") from None
+        raise InputError(f"no checkpoint at {path}; check its name") from None
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
     except Exception as error:  # the unpickler raises many kinds, whatever the damage
@@ -134,14 +141,12 @@ def read_safely(path: Path, read: Callable[[Path], Any]) -> Any:
         raise InputError(f"{path} is not a checkpoint that can be read safely: {reason[0]}") from None
 
 
-def _read(path: Path) -> Any:
-    if zipfile.is_zipfile(path):  # torch.load does not look at the checksums
+def _demand_checksums(path: Path) -> None:
+    if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged is not None:
             raise InputError(f"{path} is damaged: the checksum of its entry {damaged} is wrong")
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _sync_folder(folder: Path) -> None:
