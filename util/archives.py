@@ -42,7 +42,9 @@ def demand_plain_archive(path: Path) -> None:
             _demand_plain_old(path, size)
         else:
             raise InputError("it is no archive of torch's")
-    except (InputError, zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, RuntimeError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # zipfile raises many kinds, whatever the damage
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{path} is not a checkpoint that can be read safely: {reason}") from None
 
@@ -71,6 +73,8 @@ def _demand_plain_entries(entries: list[zipfile.ZipInfo], size: int) -> None:
         raise InputError("an entry of the archive occurs twice, or there are millions")
     for entry in entries:
         name = entry.filename[:80]
+        if not 0 <= entry.header_offset < size:
+            raise InputError(f"its entry {name!r} begins outside the file")
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size or entry.flag_bits & 1:
             raise InputError(f"its entry {name!r} is compressed or encrypted, which torch.save does not do")
         if entry.filename.startswith("/") or ".." in re.split(r"[/\\]", entry.filename):
