@@ -80,9 +80,15 @@ CANNOT_RUN = {
     "scripts/detr.sh --enact --coco_path COCO --output_dir runs/detr_enact": "test_launch runs the scripts",
     "sbatch --nodes=2 --gpus-per-node=8 scripts/slurm.sh --model detr --enact --coco_path COCO --output_dir "
     "runs/detr_enact": "needs SLURM; test_launch runs the script with a pretended srun",
+    "docker build --build-arg UID=$(id -u) --tag enact .": "pulls an image; test_docker lints the file",
+    "docker run --rm --gpus all --shm-size 8g --volume $PWD/outputs:/enact/outputs enact python main.py --model detr "
+    "--enact": "needs docker and a GPU",
 }  # fmt: skip
 # Flags that are not ours.
-FOREIGN_FLAGS = {"--nproc_per_node", "--nodes", "--gpus-per-node", "--help", "--rm", "--gpus"}
+FOREIGN_FLAGS = {
+    "--nproc_per_node", "--nodes", "--gpus-per-node", "--help", "--build-arg", "--tag", "--rm", "--gpus", "--shm-size",
+    "--volume",
+}  # fmt: skip
 names = [page.name for page in PAGES]
 
 
