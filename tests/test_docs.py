@@ -27,6 +27,7 @@ from PIL import Image
 from test_export import assert_same_rows
 from test_predict import table
 from torch import nn
+from torchvision.ops import box_convert
 
 from configs.schema import FIELD_NAMES, recipe
 from models import build_model_from
@@ -58,7 +59,8 @@ SCALE: dict[str, list[str]] = {
     "tools/ablation.py": ["--arms", "dense", "paper", "--seeds", "1", "--", *flags(SMALL_RUN)],
     "tools/benchmark.py": QUICK,
     "tools/browse.py": ["--count", "2", *flags({**SMALL_RUN, "batch_size": 2})],
-    "tools/demo.py": [*CPU],
+    "tools/check_dataset.py": ["--workers", "0"],
+    "tools/demo.py": CPU,
     "tools/export.py": [],
     "tools/predict.py": CPU,
     "tools/report.py": CPU,
@@ -160,6 +162,26 @@ def part_of(coco: Path, target: str, count: int) -> None:
             shutil.copy(coco / split / file, Path(target) / split)
 
 
+def as_yolo(coco: Path, target: str) -> None:
+    """The same images and boxes as a YOLO folder."""
+    folder, split_names = Path(target), {"train2017": "train", "val2017": "val"}
+    for split, short in split_names.items():
+        content = json.loads((coco / "annotations" / f"instances_{split}.json").read_text())
+        ids = [category["id"] for category in content["categories"]]
+        shutil.copytree(coco / split, folder / "images" / short)
+        (folder / "labels" / short).mkdir(parents=True)
+        for image in content["images"]:
+            sides = torch.tensor([image["width"], image["height"]] * 2)
+            found = [one for one in content["annotations"] if one["image_id"] == image["id"]]
+            boxes = box_convert(torch.tensor([one["bbox"] for one in found]), "xywh", "cxcywh") / sides
+            rows = [[ids.index(one["category_id"]), *box] for one, box in zip(found, boxes.tolist(), strict=True)]
+            label = (folder / "labels" / short / image["file_name"]).with_suffix(".txt")
+            label.write_text("".join(" ".join(map(str, row)) + "\n" for row in rows))
+    names = [category["name"] for category in content["categories"]]
+    splits = {short: f"images/{short}" for short in split_names.values()}
+    (folder / "data.yaml").write_text(json.dumps({"names": names, **splits}))
+
+
 @pytest.fixture
 def project(tmp_path: Path, cache: Path, tiny_coco: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the project beside what its pages speak of."""
@@ -171,6 +193,7 @@ def project(tmp_path: Path, cache: Path, tiny_coco: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(sys, "path", list(sys.path))
     part_of(tiny_coco, "COCO", 4)
     part_of(tiny_coco, "my_data", 4)
+    as_yolo(Path("my_data"), "my_yolo")
     photographs = sorted((tiny_coco / "val2017").iterdir())
     Path("photographs").mkdir()
     for file in photographs[:2]:
