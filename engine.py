@@ -21,6 +21,7 @@ from util import distributed
 from util.meters import Averages
 from util.randomness import random_state
 from util.step_guard import Outcome, StepGuard
+from util.step_wishes import Wishes
 
 
 class StepOptions(NamedTuple):
@@ -29,13 +30,6 @@ class StepOptions(NamedTuple):
     accumulate: int
     clip_max_norm: float
     amp: bool
-
-
-class Wishes(NamedTuple):
-    """What this process wishes all of them to do after a step: stop training, save a checkpoint."""
-
-    stop: bool = False
-    save: bool = False
 
 
 class Work(NamedTuple):

@@ -35,7 +35,15 @@ from datasets import (
     EvalBatches,
     build_loader,
 )
-from models import build_criterion_from, build_model_from, build_postprocessor, load_weights, warm_start
+from datasets.check import quick_check
+from models import (
+    build_criterion_from,
+    build_model_from,
+    build_postprocessor,
+    compile_model,
+    load_weights,
+    warm_start,
+)
 from preparation import (
     build_data,
     build_optimizer,
@@ -53,6 +61,7 @@ from util.logs import Curves, Record, set_up_console, write_log
 from util.randomness import seed_everything
 from util.signals import Stopped, StopSignals
 from util.step_guard import Outcome
+from util.step_wishes import StepWishes
 from util.training_state import TrainingState
 
 logger = logging.getLogger("main")
@@ -63,7 +72,7 @@ SCORES = "test_coco_eval_bbox"  # of a record: COCO's 12 figures, AP first
 UNLIKE_RUNS = {
     "output_dir", "resume", "eval", "device", "num_workers", "dist_timeout", "checkpoint_every", "checkpoint_steps",
     "keep_every", "backbone_weights", "num_classes", "max_bad_steps",
-    "max_bad_images",
+    "max_bad_images", "compile", "checkpoint_activations",
 }  # fmt: skip
 
 
@@ -103,10 +112,15 @@ class Run:
         self.device = device
         self.train_set, self.val_set = build_data(config)
         self.bad_images = BadImages(self.train_set)
+        if distributed.is_main() and config.coco_path is not None:
+            for oddity in quick_check(self.train_set, self.val_set):
+                logger.warning("%s", oddity)
         found = checkpoint_to_resume(config)
         self.config = config = complete(config, self.train_set, self.val_set, resumed=found is not None)
         with distributed.node_leader_first():  # who fetches pretrained weights
             self.model = build_model_from(config).to(device)
+        if config.compile:
+            compile_model(self.model)
         freeze(self.model, config.freeze)
         self.criterion = build_criterion_from(config)
         self.postprocess = build_postprocessor(config.model)
@@ -365,30 +379,6 @@ class Run:
 def best_of(records: Sequence[Record]) -> Record | None:
     """The record of the highest AP, the first of equals; None if none was evaluated."""
     return max((one for one in records if SCORES in one), key=lambda one: float(one[SCORES][0]), default=None)
-
-
-class StepWishes:
-    """What `engine.train_one_epoch` asks before each step: whether to stop or to save after it.
-
-    Args:
-        signals: that ask to stop.
-        minutes: between checkpoints, by the main process's clock; 0: none for their time.
-        steps: between checkpoints; 0: none for their number.
-    """
-
-    def __init__(self, signals: StopSignals, minutes: float, steps: int) -> None:
-        self._signals, self._minutes, self._steps = signals, minutes, steps
-        self.saved()
-
-    def saved(self) -> None:
-        """Begin to count anew."""
-        self._since, self._steps_since = time.monotonic(), 0
-
-    def __call__(self) -> engine.Wishes:
-        """For the step that comes now."""
-        self._steps_since += 1
-        late = distributed.is_main() and 0 < 60 * self._minutes <= time.monotonic() - self._since
-        return engine.Wishes(stop=self._signals.requested, save=late or 0 < self._steps <= self._steps_since)
 
 
 if __name__ == "__main__":
