@@ -16,6 +16,7 @@ from enact.clustering import Clusters
 from enact.information import Information
 from enact.method import Variant, cluster_keys, method_of
 from enact.packing import cluster_packed, unpack
+from enact.sums import linear_of_sum
 
 
 class EnactAttention(nn.MultiheadAttention):
@@ -129,23 +130,36 @@ class EnactAttention(nn.MultiheadAttention):
             return result.squeeze(0), None if weights is None else weights.squeeze(0)
         return result.movedim(0, batch_dim), weights
 
-    def attend_packed(self, query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], slots: Tensor) -> Tensor:
+    def attend_packed(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        lengths: Sequence[int],
+        slots: Tensor,
+        position: Tensor | None = None,
+    ) -> Tensor:
         """Self-attention of images that stand one behind the other: what `forward` gives, at no cost for padding.
 
         Args:
             query, key, value: (S, C), (S, kdim), (S, vdim), S the sum of the lengths.
             lengths: tokens of each image, 1 or more.
             slots: (S,) int64, the place of each token in the batch padded to its longest image; see `rows_of`.
+            position: (S, C), to be added to query and key; None: nothing.
 
         Returns:
             (S, C).
         """
         if self.variant == "official":  # it counts padding
+            query, key = (x if position is None else x + position for x in (query, key))
             query, key, value = (unpack(x, slots, len(lengths), max(lengths)) for x in (query, key, value))
             return self._attend(query, key, value, None, need_weights=False)[0].flatten(0, 1)[slots]
-        clusters = cluster_packed(key, lengths, slots, self.information, self.method)
-        pooled = clusters.pool(key), clusters.pool(value)
-        queries, keys, values = self._project(*(tokens.unsqueeze(0) for tokens in (query, *pooled)))
+        clusters = cluster_packed(key, lengths, slots, self.information, self.method, position)
+        inputs = (query, position), (clusters.pool(key, position), None), (clusters.pool(value), None)
+        queries, keys, values = (
+            split_heads(linear_of_sum(*tokens, weight, bias).unsqueeze(0), self.num_heads)
+            for tokens, weight, bias in zip(inputs, *self._projections(), strict=True)
+        )
         images = zip(
             torch.split(queries, list(lengths), 2),
             torch.split(keys, list(clusters.counts), 2),

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from enact.sums import linear_of_sum
+
 # The released code adds this to every probability, so that its logarithm is finite (spec 2.2).
 PROBABILITY_FLOOR = 1e-8
 
@@ -87,12 +89,16 @@ class Information(nn.Module):
         nn.init.xavier_uniform_(self.probability.weight, gain)
         nn.init.zeros_(self.probability.bias)
 
-    def logits(self, keys: Tensor) -> Tensor:
-        """Keys (B, N, C) -> the logit of each token's probability (B, N), float32 or float64."""
+    def logits(self, keys: Tensor, addend: Tensor | None = None) -> Tensor:
+        """Keys (B, N, C) -> the logit of each token's probability (B, N), float32 or float64.
+
+        Or keys (S, C) plus `addend` (S, C) -> (S,).
+        """
         dtype = torch.promote_types(self.probability.weight.dtype, torch.float32)
         with torch.autocast(keys.device.type, enabled=False):
-            bias = self.probability.bias.to(dtype)
-            return F.linear(keys.to(dtype), self.probability.weight.to(dtype), bias).squeeze(-1)
+            keys, addend = keys.to(dtype), None if addend is None else addend.to(dtype)
+            weight, bias = self.probability.weight.to(dtype), self.probability.bias.to(dtype)
+            return linear_of_sum(keys, addend, weight, bias).squeeze(-1)
 
     def forward(self, logits: Tensor, real: Tensor | None = None) -> Tensor:
         """Logits -> smoothed self-information.

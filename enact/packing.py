@@ -6,7 +6,7 @@ Shapes: B images of n_1 ... n_B tokens, S their sum; t_1 ... t_B clusters, R the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from enact.clustering import Clusters, Shared
 from enact.information import Information
 from enact.method import Method, form_clusters
+from enact.sums import weighted_sum
 
 
 class PackedClusters(NamedTuple):
@@ -28,10 +29,10 @@ class PackedClusters(NamedTuple):
     counts: tuple[int, ...]
     bias: Tensor | None
 
-    def pool(self, tokens: Tensor) -> Tensor:
-        """The weighted sum of the tokens of each cluster: (S, C) -> (R, C)."""
+    def pool(self, tokens: Tensor, addend: Tensor | None = None) -> Tensor:
+        """The weighted sum of the tokens of each cluster, `addend` (S, C) added to them first: (S, C) -> (R, C)."""
         rows = sum(self.counts) + 1  # the last one is of no cluster
-        pooled = [_WeightedSum.apply(tokens, weight, index, rows) for index, weight in self.memberships]
+        pooled = [weighted_sum(tokens, addend, weight, index, rows) for index, weight in self.memberships]
         return torch.stack(pooled).sum(0)[:-1] if len(pooled) > 1 else pooled[0][:-1]
 
     def biases(self) -> Sequence[Tensor | None]:
@@ -41,29 +42,13 @@ class PackedClusters(NamedTuple):
         return torch.split(self.bias.unsqueeze(0), list(self.counts), 1)
 
 
-class _WeightedSum(torch.autograd.Function):
-    """The sum, for each row, of the tokens (S, C) with its index (S,) times their weights (S,): (rows, C).
-
-    Keeps the tokens, where index_add would keep their products with the weights too.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, tokens: Tensor, weight: Tensor, index: Tensor, rows: int) -> Tensor:
-        ctx.save_for_backward(tokens, weight, index)
-        dtype = torch.promote_types(tokens.dtype, weight.dtype)
-        sums = tokens.new_zeros(rows, tokens.shape[1], dtype=dtype)
-        return sums.index_add_(0, index, tokens * weight.unsqueeze(1)).to(tokens.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        tokens, weight, index = ctx.saved_tensors
-        of_rows = gradient.to(weight.dtype).index_select(0, index)
-        of_weight = (of_rows * tokens).sum(1) if ctx.needs_input_grad[1] else None
-        return of_rows.mul_(weight.unsqueeze(1)).to(tokens.dtype), of_weight, None, None
-
-
 def cluster_packed(
-    keys: Tensor, lengths: Sequence[int], slots: Tensor, information: Information, method: Method
+    keys: Tensor,
+    lengths: Sequence[int],
+    slots: Tensor,
+    information: Information,
+    method: Method,
+    addend: Tensor | None = None,
 ) -> PackedClusters:
     """The clusters of packed keys.
 
@@ -77,9 +62,10 @@ def cluster_packed(
             max(lengths))`.
         information: from keys to smoothed information.
         method: from information to clusters.
+        addend: (S, C), added to the keys; None: nothing.
     """
     longest = max(lengths)
-    logits = unpack(information.logits(keys.unsqueeze(0))[0], slots, len(lengths), longest)
+    logits = unpack(information.logits(keys, addend), slots, len(lengths), longest)
     real = None
     if min(lengths) < longest:
         real = torch.arange(longest) < torch.tensor(lengths).unsqueeze(1)

@@ -37,16 +37,16 @@ class EncoderLayer(nn.Module):
 
     def forward(self, tokens: Tensor, position: Tensor, padding: Padding) -> Tensor:
         """As `Encoder`."""
-        located = tokens + position
-        tokens = self.norm1(tokens + self.dropout(self._attend(located, tokens, padding)))
+        tokens = self.norm1(tokens + self.dropout(self._attend(tokens, position, padding)))
         transformed = feed_forward(tokens, self.linear1, self.linear2, self.dropout)
         result: Tensor = self.norm2(tokens + self.dropout(transformed))
         return result
 
-    def _attend(self, located: Tensor, tokens: Tensor, padding: Padding) -> Tensor:
+    def _attend(self, tokens: Tensor, position: Tensor, padding: Padding) -> Tensor:
         if isinstance(padding, Packing):
-            packed: Tensor = attend_packed(self.self_attn, located, located, tokens, packing=padding)
+            packed: Tensor = attend_packed(self.self_attn, tokens, tokens, tokens, position=position, packing=padding)
             return packed
+        located = tokens + position
         attended: Tensor = self.self_attn(located, located, tokens, key_padding_mask=padding, need_weights=False)[0]
         return attended
 

@@ -94,22 +94,30 @@ def padding_of(
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # of images of other lengths it would be another graph
-def attend_packed(attention: nn.Module, *tokens: Tensor, packing: Packing) -> Tensor:
+def attend_packed(
+    attention: nn.Module, *tokens: Tensor, packing: Packing, position: Tensor | None = None
+) -> Tensor:
     """Call a self-attention on packed tokens.
 
     Args:
         attention: with a method `attend_packed`, as those of ENACT, or an `nn.MultiheadAttention`.
         tokens: query, key, value, or what the attention takes in their place, each (S, C).
+        position: (S, C), to be added to query and key; None: nothing.
 
     Returns:
         (S, C).
     """
     own: Any = getattr(attention, "attend_packed", None)
     if own is not None:
-        result: Tensor = own(*tokens, lengths=packing.lengths, slots=packing.slots)
+        added = {} if position is None else {"position": position}
+        result: Tensor = own(*tokens, lengths=packing.lengths, slots=packing.slots, **added)
         return result
     assert type(attention) is nn.MultiheadAttention, type(attention)
-    return _multihead_attention(attention, tokens, packing.lengths)
+    query, key, value = tokens
+    if position is not None:
+        assert query is key
+        query = key = query + position
+    return _multihead_attention(attention, (query, key, value), packing.lengths)
 
 
 def _multihead_attention(

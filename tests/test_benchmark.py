@@ -91,9 +91,11 @@ def test_encoder_scope_sets_the_work_against_the_rate_of_the_machine(tmp_path: P
     assert product["arm"] == PRODUCT
     rate = product["operations"] / product["product"]["median"]
     for record, row in zip(records, table_of(output), strict=True):
-        assert {"train", "train_long", "inference"} <= record.keys()
+        assert {"train", "inference"} <= record.keys()
         assert record["tokens_real"] < record["tokens_padded"]
-        assert record["tokens_long"] == pytest.approx(3400 * 0.05**2, rel=0.2)  # a trial's scale shrinks it too
+        assert ("train_long" in record) == (not ARMS[record["arm"]].published)
+        if "train_long" in record:
+            assert record["tokens_long"] == pytest.approx(3400 * 0.05**2, rel=0.2)  # a trial's scale shrinks it too
         expected = 3 * record["flops"] / record["train"]["median"] / rate
         assert float(row["of the machine's rate"]) == pytest.approx(expected, abs=0.006)
     assert records[0]["bytes"] > records[1]["bytes"]  # the maps
@@ -200,7 +202,7 @@ def test_inputs_are_the_same_for_every_arm() -> None:
         assert_batches_equal(step.batch, first.batch)  # type: ignore[attr-defined]
     encoders = [command("--scope", "encoder").build(Cell("detr_r50", arm, batch=3)).steps for arm in ARMS]
     for name in ("train", "train_long"):
-        maps: list[Any] = [steps[name].call.maps for steps in encoders]  # type: ignore[attr-defined]
+        maps: list[Any] = [steps[name].call.maps for steps in encoders if name in steps]  # type: ignore[attr-defined]
         for tokens, cells in maps:
             assert_close((tokens, cells), tuple(maps[0]), atol=0, rtol=0)
 

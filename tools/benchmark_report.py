@@ -279,10 +279,11 @@ and ENACT for all of its variants. Ours: one device. "Of naive" is the ratio to 
 matching, losses, backward, clipping, optimizer) and of one image of 800 x 1066 pixels at full size. GiB kept is what
 autograd keeps for backward, weights left out."""
 _ENCODER_NOTES = """\
-Forward and backward of all encoder layers on random tokens: a batch with the sizes that images have in training, one
-long image (3,400 tokens at full size); and forward alone for 800 x 1066 pixels. Naive and official are as published, on
-the padded map with every attention map stored. The machine's rate is that of a product of large square matrices in the
-same rounds; the work set against it is three times the operations of the forward pass."""
+Forward and backward of all encoder layers on random tokens: a batch with the sizes that images have in training, and
+one long image (3,400 tokens at full size); and forward alone for 800 x 1066 pixels. Naive and official are as
+published, on the padded map with every attention map stored; their long image is left to the sweep. The machine's rate
+is that of a product of large square matrices in the same rounds; the work set against it is three times the operations
+of the forward pass."""
 _SWEEP_NOTES = f"""\
 Seconds of forward and backward of one encoder layer on one image of so many tokens, median (lowest to highest). The
 exponent is the slope of log seconds over log tokens above {MANY_TOKENS:,} tokens."""

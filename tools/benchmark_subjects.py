@@ -20,7 +20,7 @@ from datasets import Batch, normalize
 from enact.method import form_clusters
 from models import build_criterion_from
 from preparation import build_optimizer
-from tools.benchmark_arms import build_arm
+from tools.benchmark_arms import ARMS, build_arm
 from tools.benchmark_inputs import (
     EncoderCall,
     cells_of,
@@ -178,6 +178,7 @@ def encoder_subject(cell: Cell, config: Config, device: torch.device) -> Subject
     if not cell.tokens:
         picture = EncoderStep(model, config, cells_of(inference_batch(config), config), device, cell.amp)
         steps["inference"] = lambda: infer(model, picture.forward)
+    if not cell.tokens and not ARMS[cell.arm].published:  # which would take most of the time for it; see the sweep
         long_map = map_without_padding(round(LONG_MAP * (config.eval_short_side / LONG_MAP_SIDE) ** 2))
         facts["tokens_long"] = long_map.numel()
         steps["train_long"] = EncoderStep(model, config, long_map, device, cell.amp)
