@@ -41,6 +41,10 @@ class Partition(NamedTuple):
     num_clusters: int
     full: bool = False
 
+    def with_index(self, index: Tensor) -> Partition:
+        """The same clusters of other tokens. (The compiler of torch 2.6 does not know `_replace`.)"""
+        return Partition(index, self.count, self.num_clusters, self.full)
+
     def cut(self) -> Partition:
         """T as small as this batch allows, where finding out is free: on a CPU, outside compilation."""
         if self.index.device.type != "cpu" or torch.compiler.is_compiling():
@@ -103,7 +107,7 @@ class Clusters(NamedTuple):
         """The same clusters for tokens that stood at `order` (B, N) before they were sorted."""
         index, weight = Shared(self.index, self.weight).in_token_order(order)
         shared = None if self.shared is None else self.shared.in_token_order(order)
-        return self._replace(index=index, weight=weight, shared=shared)
+        return Clusters(index, self.count, self.num_clusters, weight, self.bias, shared)
 
 
 def beyond(count: Tensor, total: int) -> Tensor:
@@ -191,7 +195,7 @@ def share_edges(smoothed: Tensor, partition: Partition) -> tuple[Partition, Tens
     mean = bend.detach().sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp(min=1)
     tau = SOFTNESS * mean.clamp(min=torch.finfo(bend.dtype).tiny)
     shares = [F.logsigmoid(bend / tau).masked_fill(~shared, 0), F.logsigmoid(-bend / tau).masked_fill(~shared, 0)]
-    return partition._replace(index=torch.cat([index, second], 1)), torch.cat(shares, 1)
+    return partition.with_index(torch.cat([index, second], 1)), torch.cat(shares, 1)
 
 
 def curvature(smoothed: Tensor) -> Tensor:
@@ -255,9 +259,9 @@ def _same_length(partition: Partition, real: Tensor | None) -> Partition:
     index, count, slots, _ = partition
     tokens = torch.arange(index.shape[1], device=index.device)
     if real is None:
-        return partition._replace(index=tokens * count.unsqueeze(1) // index.shape[1])
+        return partition.with_index(tokens * count.unsqueeze(1) // index.shape[1])
     even = tokens * count.unsqueeze(1) // real.sum(1, keepdim=True).clamp(min=1)
-    return partition._replace(index=torch.where(real, even, slots))
+    return partition.with_index(torch.where(real, even, slots))
 
 
 def _shuffled(partition: Partition) -> Partition:
@@ -270,4 +274,4 @@ def _shuffled(partition: Partition) -> Partition:
     lengths = lengths.scatter_add(1, index, torch.ones_like(index))[:, :slots].gather(1, lottery.argsort(1))
     tokens = torch.arange(index.shape[1], device=index.device).expand(index.shape[0], -1).contiguous()
     shuffled = torch.searchsorted(lengths.cumsum(1), tokens, right=True)
-    return partition._replace(index=torch.where(index == slots, slots, shuffled))
+    return partition.with_index(torch.where(index == slots, slots, shuffled))

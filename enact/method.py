@@ -155,12 +155,13 @@ def form_clusters(logits: Tensor, information: Information, method: Method, real
     pooling, counting = _pooling_scores(tokens, method.pooling), _counting_scores(tokens, method.cluster_bias)
     if method.boundary == "hard":
         weight = softmax_in_clusters(pooling, partition)
-        return Clusters(*partition[:3], weight, _bias(counting, partition))
+        return Clusters(partition.index, partition.count, partition.num_clusters, weight, _bias(counting, partition))
     both, shares = share_edges(tokens.smoothed, partition)
     weight = softmax_in_clusters(pooling.repeat(1, 2) + shares, both)
     bias = _bias(None if counting is None else counting.repeat(1, 2) + shares, both)
     own, second = (slice(None), slice(largest)), (slice(None), slice(largest, None))  # the ONNX exporter fails on chunk
-    return Clusters(*partition[:3], weight[own], bias, Shared(both.index[second], weight[second]))
+    shared = Shared(both.index[second], weight[second])
+    return Clusters(partition.index, partition.count, partition.num_clusters, weight[own], bias, shared)
 
 
 def _pooling_scores(tokens: _Tokens, pooling: Pooling) -> Tensor:

@@ -17,6 +17,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.ops import FrozenBatchNorm2d
 
 from models.layers import run_layer
+from util import checkpoint
 from util.errors import InputError
 
 RESNETS = ("resnet10", "resnet18", "resnet34", "resnet50", "resnet101")
@@ -113,11 +114,11 @@ def _resnet(name: str, weights: str | None, norm_layer: Callable[[int], nn.Modul
 
 
 def _load_file(resnet: nn.Module, path: Path) -> None:
+    if not path.exists():
+        raise InputError(f"no backbone weights at {path}; check --backbone_weights")
+    state = checkpoint.read_safely(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
         missing, unexpected = resnet.load_state_dict(state, strict=False)
-    except FileNotFoundError:
-        raise InputError(f"no backbone weights at {path}; check --backbone_weights") from None
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{path} does not hold weights of this ResNet: {reason}") from error

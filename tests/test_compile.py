@@ -137,6 +137,7 @@ def test_export_and_onnx_take_any_batch_and_size(name: str, variant: str | None)
             check(run, model, inputs)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.9", reason="fake tensors of older versions ask the driver of a real GPU")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_nothing_waits_for_the_device(variant: Any) -> None:
     """On tensors that claim to be on a GPU and hold no values, whatever asks for a value fails."""
