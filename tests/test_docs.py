@@ -79,6 +79,10 @@ CANNOT_RUN = {
     "runs/conditional_enact": "needs 4 GPUs",
     "torchrun --nproc_per_node=4 main.py --model anchor_detr --enact --coco_path COCO --output_dir runs/anchor_enact":
         "needs 4 GPUs",
+    "torchrun --nproc_per_node=8 --max-restarts=3 main.py --model detr --enact --coco_path COCO --output_dir "
+    "runs/detr_enact --resume auto": "needs 8 GPUs; test_survival kills two processes",
+    "python tools/replay.py runs/detr_enact/bad_steps/step00000123_rank0.pth":
+        "needs a step that went wrong; test_bad_steps makes some again",
     "scripts/detr.sh --enact --coco_path COCO --output_dir runs/detr_enact": "test_launch runs the scripts",
     "sbatch --nodes=2 --gpus-per-node=8 scripts/slurm.sh --model detr --enact --coco_path COCO --output_dir "
     "runs/detr_enact": "needs SLURM; test_launch runs the script with a pretended srun",
@@ -89,7 +93,7 @@ CANNOT_RUN = {
 # Flags that are not ours.
 FOREIGN_FLAGS = {
     "--nproc_per_node", "--nodes", "--gpus-per-node", "--help", "--build-arg", "--tag", "--rm", "--gpus", "--shm-size",
-    "--volume",
+    "--volume", "--max-restarts",
 }  # fmt: skip
 names = [page.name for page in PAGES]
 
