@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.ops import box_convert, generalized_box_iou_loss, sigmoid_focal_loss
+from torchvision.ops import box_convert, generalized_box_iou_loss
 
 from models.matcher import HungarianMatcher, Matches, Target
 from util import distributed
@@ -64,9 +64,17 @@ class FocalClassLoss:
         self.gamma = gamma
 
     def __call__(self, logits: Tensor, classes: Tensor, normalizers: Normalizers) -> Tensor:
-        wanted = F.one_hot(classes, logits.shape[-1] + 1)[..., :-1].to(logits.dtype)
-        loss: Tensor = sigmoid_focal_loss(logits, wanted, self.alpha, self.gamma, reduction="none")
-        return loss.sum((1, 2, 3)) / normalizers.boxes
+        unwanted = self._unwanted(logits).sum((1, 2, 3))  # as if no class were wanted anywhere
+        num_classes = logits.shape[-1]
+        matched = logits.gather(-1, classes.clamp(max=num_classes - 1).unsqueeze(-1)).squeeze(-1)
+        wanted = self.alpha * (-matched).sigmoid() ** self.gamma * F.softplus(-matched)
+        change = (wanted - self._unwanted(matched)) * (classes < num_classes)
+        return (unwanted + change.sum((1, 2))) / normalizers.boxes
+
+    def _unwanted(self, logits: Tensor) -> Tensor:
+        """The loss of classes that are not there, in the shape of `logits`."""
+        loss: Tensor = (1 - self.alpha) * logits.sigmoid() ** self.gamma * F.softplus(logits)
+        return loss
 
     def weight_of(self, matched: Tensor, unmatched: Tensor) -> Tensor:
         return matched
