@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin slow tests 40-fold where others compute too
+# Tests run beside each other, a thread each: more would wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -21,8 +22,8 @@ def _seeded() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _few_threads() -> None:
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+def _one_thread() -> None:
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(scope="session")
