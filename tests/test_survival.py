@@ -287,6 +287,14 @@ def test_names_are_given_without_hard_links_too(tmp_path: Path, monkeypatch: pyt
     assert checkpoint.load(tmp_path / checkpoint.PREVIOUS)["value"] == 1
 
 
+def test_a_name_given_twice_leaves_no_third_file(tmp_path: Path) -> None:
+    path, name = tmp_path / checkpoint.LATEST, tmp_path / checkpoint.BEST
+    checkpoint.save({"model": {}}, path)
+    for _ in range(2):
+        checkpoint.give_name(path, name)
+    assert {file.name for file in tmp_path.iterdir()} == {checkpoint.LATEST, checkpoint.BEST}
+
+
 @pytest.mark.slow
 def test_another_number_of_processes_goes_on_and_says_that_the_order_differs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert stop_at_step(1, signal.SIGTERM, monkeypatch, "--output_dir", "run", "--batch_size", "4") == 143

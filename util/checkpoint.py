@@ -71,6 +71,7 @@ def give_name(path: Path, name: Path) -> None:
     except OSError:
         shutil.copyfile(path, temporary)
     temporary.replace(name)
+    temporary.unlink(missing_ok=True)  # a rename onto another link of the same file does nothing
 
 
 def remove_leftovers(folder: Path) -> None:
