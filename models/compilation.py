@@ -17,20 +17,21 @@ from torch import nn
 logger = logging.getLogger(__name__)
 
 
-def compile_model(model: nn.Module, backend: str = "inductor") -> nn.Module:
+def compile_model(model: nn.Module, backend: str = "inductor", fall_back: bool = True) -> nn.Module:
     """Compile the backbone, each encoder layer and the decoder of a detector, in place.
 
     Modules, parameters and their names stay, so that checkpoints and optimizers do not notice. Where torch cannot
-    compile (no compiler, or an operation that it does not know), that part runs as it is, after a warning.
+    compile (no compiler, or an operation that it does not know), everything runs as it is, after a warning.
 
     Args:
         model: one of `build_model`'s, on its device; before wrapping it for distributed training.
         backend: of torch.compile.
+        fall_back: False: what cannot be compiled raises its `TorchDynamoException` when it is called.
 
     Returns:
         The same model.
     """
-    state = _State()
+    state = _State(fall_back)
     encoder = model.get_submodule("encoder")
     layers = encoder.get_submodule("layers").children() if hasattr(encoder, "layers") else ()
     for part in (model.get_submodule("backbone"), *layers, model.get_submodule("decoder")):
@@ -43,7 +44,9 @@ def compile_model(model: nn.Module, backend: str = "inductor") -> nn.Module:
 class _State:
     """What the parts of a model share."""
 
-    failed = False
+    def __init__(self, fall_back: bool) -> None:
+        self.fall_back = fall_back
+        self.failed = False
 
 
 class _Guarded:
@@ -57,6 +60,8 @@ class _Guarded:
             try:
                 return self._compiled(*inputs, **named)
             except torch._dynamo.exc.TorchDynamoException as error:
+                if not self._state.fall_back:
+                    raise
                 self._state.failed = True
                 reason = str(error).strip().splitlines()[0]
                 logger.warning("torch.compile does not work here, so nothing is compiled: %s", reason)

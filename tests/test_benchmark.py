@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ import torch
 from torch.testing import assert_close
 
 from configs.schema import Config
-from tools import benchmark, benchmark_report
+from datasets import normalize
+from preparation import build_data
+from tools import benchmark, benchmark_loading, benchmark_report
 from tools.benchmark_arms import ARMS
 from tools.benchmark_inputs import cells_of, coco_pictures, inference_batch, largest_batch, training_batch
 from tools.benchmark_subjects import PRODUCT, PRODUCT_SIZES, Cell
@@ -99,6 +102,9 @@ def test_encoder_scope_sets_the_work_against_the_rate_of_the_machine(tmp_path: P
         expected = 3 * record["flops"] / record["train"]["median"] / rate
         assert float(row["of the machine's rate"]) == pytest.approx(expected, abs=0.006)
     assert records[0]["bytes"] > records[1]["bytes"]  # the maps
+    shares = table_of(output, 1)
+    assert [row["encoder"] for row in shares] == ["dense naive", "dense", "ENACT paper"]
+    assert shares[0]["fused attention"] == "0.0%" != shares[1]["fused attention"]
 
 
 def test_sweep_scope_gives_a_curve_of_every_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,6 +126,21 @@ def test_criterion_scope_finds_both_ways_equal(row: str, tmp_path: Path) -> None
     assert [record["arm"] for record in report["results"]] == ["all layers at once", "layer by layer"]
     assert all(record["largest_difference"] < 1e-5 for record in report["results"])
     assert [line["way"] for line in table_of(tmp_path / "found")] == ["all layers at once", "layer by layer"]
+
+
+def test_loading_scope_compares_ways_that_end_in_the_same_tensor(tmp_path: Path, cache: Path) -> None:
+    output, scenes = tmp_path / "found", str(next(cache.iterdir()))
+    report = run("--scope", "loading", output=output, tiny=["--coco_path", scenes])
+    ours, published = report["results"]
+    assert 4 * ours["bytes"] == published["bytes"]
+    assert table_of(output)[0]["images/s a core, training"] == f"{2 / ours['train']['median']:.1f}"
+    config = config_of("detr_r50")
+    train_set, _ = build_data(replace(config, coco_path=scenes))
+    samples = [train_set[0, index] for index in range(4)]
+    loaded, floats = benchmark_loading.load_bytes(samples), benchmark_loading.load_floats(samples)
+    assert_close(normalize(*loaded), floats.images)
+    assert torch.equal(loaded.pad_mask, floats.pad_mask)
+    assert benchmark.main([*RUN, "--scope", "loading", "--batch_size", "9999", "--", "--coco_path", scenes]) == 2
 
 
 def test_arms_are_measured_compiled_and_in_bf16_where_asked(
@@ -178,20 +199,21 @@ def test_results_name_no_folder_of_this_machine(tmp_path: Path) -> None:
 
 def test_results_come_with_where_they_are_from_and_the_configuration_of_every_arm(tmp_path: Path) -> None:
     output = tmp_path / "found"
-    report = run("--scope", "criterion", "--rows", "detr_r50", output=output)
+    report = run("--scope", "encoder", "--rows", "detr_r50", "--arms", "naive", "dense", output=output)
     assert {"device", "torch", "commit", "command", "threads"} <= report["environment"].keys()
     assert report["environment"]["command"].startswith("python tools/benchmark.py --device cpu")
     assert (report["seed"], report["repeats"], report["scale"]) == (42, 2, 0.05)
-    config = report["configs"]["detr_r50"]["all layers at once"]
+    config = report["configs"]["detr_r50"]["dense"]
     assert (config["hidden_dim"], config["dropout"], config["attention_dropout"]) == (32, 0.1, 0.0)
-    assert "detr_r50 0.1 (on attention weights 0)" in output.with_suffix(".md").read_text()
+    assert "detr_r50 0.1 and 0 on the attention weights of dense" in output.with_suffix(".md").read_text()
 
 
-def test_on_a_cpu_no_arm_drops_attention_weights() -> None:
+def test_on_a_cpu_no_arm_of_ours_drops_attention_weights() -> None:
     """For with dropout torch's attention would store the maps there, and nothing fused would be measured."""
     for arm, choice in ARMS.items():
         config = config_of("detr_r50", arm)
-        assert (config.enact, config.dropout, config.attention_dropout) == (choice.enact, 0.1, 0.0)
+        weights = None if choice.published else 0.0
+        assert (config.enact, config.dropout, config.attention_dropout) == (choice.enact, 0.1, weights)
     assert config_of("detr_r50", "dense", "--estimate").attention_dropout is None
 
 

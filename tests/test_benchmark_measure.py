@@ -15,6 +15,8 @@ from torch.testing import assert_close
 from tqdm import tqdm
 
 from tools.benchmark_measure import (
+    KINDS,
+    OTHER_KIND,
     KeptBytes,
     Subject,
     attempt,
@@ -24,6 +26,7 @@ from tools.benchmark_measure import (
     peak_bytes,
     seconds_of,
     summary,
+    time_shares,
 )
 
 CPU = torch.device("cpu")
@@ -49,6 +52,25 @@ def test_a_tensor_that_several_operations_keep_counts_once() -> None:
     assert kept.peak == copies * 100 * 8 * FLOAT
     loss.backward()
     assert kept.now == 0
+
+
+@pytest.mark.parametrize(
+    ("step", "kind"),
+    [
+        (lambda x: x @ x, "matrix products"),
+        (lambda x: F.scaled_dot_product_attention(x[None], x[None], x[None]), "fused attention"),
+        (lambda x: x.softmax(-1), "softmax"),
+        (lambda x: x.uniform_(), "random draws"),
+        (lambda x: torch.cat([x, x]), "copies"),
+        (lambda x: x.erfinv(), OTHER_KIND),
+    ],
+)
+def test_time_goes_to_the_kind_of_operation_that_took_it(step: Callable[[Tensor], Tensor], kind: str) -> None:
+    x = torch.rand(512, 512)
+    shares = time_shares(lambda: step(x), CPU)
+    assert list(shares) == [*KINDS, OTHER_KIND]
+    assert sum(shares.values()) == pytest.approx(1)
+    assert max(shares, key=lambda name: shares[name]) == kind
 
 
 def test_the_peak_is_that_of_the_worst_moment() -> None:

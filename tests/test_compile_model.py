@@ -97,3 +97,5 @@ def test_what_does_not_compile_runs_eager_after_one_warning(caplog: pytest.LogCa
     assert_close(outputs, expected)
     assert [record.message for record in caplog.records if "torch.compile does not work" in record.message] != []
     assert sum(record.name == "models.compilation" for record in caplog.records) == 1
+    with pytest.raises(torch._dynamo.exc.TorchDynamoException, match="no compiler here"):
+        compile_model(detector("detr", "paper"), backend=fails, fall_back=False)(*batch)  # type: ignore[arg-type]

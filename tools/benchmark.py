@@ -4,6 +4,7 @@
     python tools/benchmark.py --scope encoder --device cpu          # the encoder alone
     python tools/benchmark.py --scope sweep --rows detr_r50         # a layer over 400 to 16,000 tokens
     python tools/benchmark.py --scope criterion                     # matching and losses
+    python tools/benchmark.py --scope loading -- --coco_path COCO   # images a second of a loader process
     python tools/benchmark.py --estimate --batch_size 1 2 4 8       # does it fit a GPU? without one
     python tools/benchmark.py --scale 0.25 --repeats 3 -- --enc_layers 2   # a trial; after -- any flag of main.py
 
@@ -32,8 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from configs.cli import parse_args
 from configs.schema import CONFIG_DIR, Config
 from preparation import pick_device
+from tools import benchmark_criterion, benchmark_loading
 from tools.benchmark_arms import ARMS
-from tools.benchmark_criterion import WAYS, criterion_subject
 from tools.benchmark_estimate import estimate_training
 from tools.benchmark_inputs import SEED, largest_batch, scaled, training_batch
 from tools.benchmark_measure import Subject, measure, memory_limit
@@ -51,15 +52,18 @@ DEFAULT_ROWS = {
     "encoder": ("detr_r50", "detr_r50_dc5", "anchor_detr_r50_dc5"),
     "sweep": ("detr_r50", "anchor_detr_r50_dc5"),
     "criterion": PUBLISHED_ROWS,
+    "loading": ("detr_r50",),
     "estimate": PUBLISHED_ROWS,
 }
 SWEEP_TOKENS = (400, 850, 1600, 3400, 4800, 6400, 9600, 12800, 16000)
 # An encoder alone is compared with the same dropout in every host.
 ENCODER_FLAGS = ("--dropout", "0.1")
-# With dropout on its weights a CPU would have no fused attention to measure.
+# With dropout on its weights a CPU would have no fused attention to measure. What is published stores its maps anyway.
 CPU_FLAGS = ("--attention_dropout", "0")
+# Scopes that compare ways to do one thing, whatever the encoder.
+WAYS = {"criterion": benchmark_criterion.WAYS, "loading": benchmark_loading.WAYS}
 # Images of a step where it is not the recipe's: many small maps, or two large ones.
-ENCODER_BATCH, DILATED_ENCODER_BATCH, CRITERION_BATCH = 8, 2, 8
+ENCODER_BATCH, DILATED_ENCODER_BATCH, CRITERION_BATCH, LOADING_BATCH = 8, 2, 8, 16
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,14 +83,14 @@ def build_parser() -> argparse.ArgumentParser:
     """A parser of the command's flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--scope", choices=("model", "encoder", "sweep", "criterion"), default="model", help="what to measure")
+    add("--scope", choices=("model", "encoder", "sweep", *WAYS), default="model", help="what to measure")
     add("--estimate", action="store_true", help="the memory of training on a GPU, on fake tensors: needs no GPU")
     add("--rows", nargs="+", metavar="ROW", help="names in configs/; with _enact the ENACT arms alone")
     add("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
     add("--precisions", nargs="+", choices=PRECISIONS, metavar="P", help="fp32, bf16; default: fp32, on a GPU both")
     add("--compile", action="store_true", help="measure every arm compiled too")
-    add("--batch_size", nargs="+", type=_positive(int), metavar="B",
-        help="images of a training step; default: the row's (encoder: 8, with DC5 2; criterion: 8)")  # fmt: skip
+    batches = "the row's (encoder, criterion: 8; DC5 encoder: 2; loading: 16)"
+    add("--batch_size", nargs="+", type=_positive(int), metavar="B", help=f"images of a step; default: {batches}")
     add("--tokens", nargs="+", type=_positive(int), default=list(SWEEP_TOKENS), metavar="N", help="of the sweep")
     add("--repeats", type=_positive(int), default=10, metavar="N", help="timed runs of every cell (default 10)")
     add("--scale", type=_positive(float), default=1.0, help="of the images' sides; below 1 for a trial")
@@ -122,7 +126,7 @@ class Benchmark:
     def __init__(self, options: argparse.Namespace, words: Sequence[str]) -> None:
         self.options = options
         self.command = " ".join(["python", "tools/benchmark.py", *map(without_folder, words)])
-        self._configs: dict[tuple[str, str | None], Config] = {}
+        self._configs: dict[tuple[str, str], Config] = {}
 
     def run(self) -> None:
         """Measure group after group; the files hold what is done, whenever the command stops."""
@@ -150,8 +154,8 @@ class Benchmark:
         """Cells that are compared with one another, and so take turns."""
         for row, arms in self.rows().items():
             for batch in self.options.batch_size or [self.default_batch(row)]:
-                if self.scope == "criterion":
-                    yield [Cell(row, way, batch=batch) for way in WAYS]
+                if self.scope in WAYS:
+                    yield [Cell(row, way, batch=batch) for way in WAYS[self.scope]]
                 elif self.scope == "estimate":
                     yield [Cell(row, arm, batch=batch) for arm in arms]
                 elif self.scope == "sweep":
@@ -178,7 +182,7 @@ class Benchmark:
             arms = [arm for arm in self.options.arms if ARMS[arm].enact or not row.endswith("_enact")]
             base = rows.setdefault(row.removesuffix("_enact"), [])
             base += [arm for arm in arms if arm not in base]
-        return {row: arms for row, arms in rows.items() if arms or self.scope == "criterion"}
+        return {row: arms for row, arms in rows.items() if arms or self.scope in WAYS}
 
     @cached_property
     def precisions(self) -> list[str]:
@@ -187,23 +191,23 @@ class Benchmark:
         return list(self.options.precisions or (list(PRECISIONS) if both else ["fp32"]))
 
     def default_batch(self, row: str) -> int:
-        if self.scope == "criterion":
-            return CRITERION_BATCH
+        if self.scope in WAYS:
+            return CRITERION_BATCH if self.scope == "criterion" else LOADING_BATCH
         if self.scope == "encoder":
             return DILATED_ENCODER_BATCH if self.config(row, "dense").dilation else ENCODER_BATCH
         return self.config(row, "dense").batch_size
 
     def config(self, row: str, arm: str) -> Config:
         """The recipe of a row with the encoder of an arm, with the flags that were given."""
-        enact = ARMS[arm].enact if arm in ARMS else None
-        if (row, enact) not in self._configs:
+        if (row, arm) not in self._configs:
+            enact, published = ARMS.get(arm, ARMS["dense"])
             file = CONFIG_DIR / f"{row}{'_enact' if enact else ''}.yaml"
             words = ["--config", str(file), "--coco_path", "COCO", "--backbone_weights", "null"]
             words += ["--enact", enact] if enact else []
             words += ENCODER_FLAGS if self.scope in ("encoder", "sweep") else ()
-            words += CPU_FLAGS if self.device.type == "cpu" and self.scope != "estimate" else ()
-            self._configs[row, enact] = scaled(parse_args([*words, *self.options.flags]), self.options.scale)
-        return self._configs[row, enact]
+            words += CPU_FLAGS if self.device.type == "cpu" and self.scope != "estimate" and not published else ()
+            self._configs[row, arm] = scaled(parse_args([*words, *self.options.flags]), self.options.scale)
+        return self._configs[row, arm]
 
     def check_configs(self, groups: list[list[Cell]]) -> None:
         """Refuse flags that some arm cannot have before anything is measured (InputError)."""
@@ -222,7 +226,9 @@ class Benchmark:
         torch.manual_seed(SEED)
         config = self.config(cell.row, cell.arm)
         if self.scope == "criterion":
-            return criterion_subject(cell.arm, cell.batch, config, self.device)
+            return benchmark_criterion.criterion_subject(cell.arm, cell.batch, config, self.device)
+        if self.scope == "loading":
+            return benchmark_loading.loading_subject(cell.arm, cell.batch, config, self.device)
         make = model_subject if self.scope == "model" else encoder_subject
         return make(cell, config, self.device)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import re
 import statistics
 import sys
 import time
@@ -19,11 +20,21 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 OUT_OF_MEMORY = "out of memory"
 WARM_UP_RUNS = 2
 GIB = 2**30
+# What a step spends its time on, and the names of torch's operations that do it; the first that fits counts.
+KINDS = {
+    "fused attention": re.compile(r"scaled_dot_product|_(flash|efficient|cudnn)_attention"),
+    "matrix products": re.compile(r"aten::(mm|addmm|bmm|baddbmm)$"),
+    "softmax": re.compile(r"softmax"),
+    "random draws": re.compile(r"aten::(random_|bernoulli_?|native_dropout|uniform_)$"),
+    "copies": re.compile(r"aten::(copy_|cat|index_select|index_add_|index_copy_|scatter_add_|fill_|zero_)$"),
+}
+OTHER_KIND = "the rest"
 
 Step = Callable[[], object]
 CellT = TypeVar("CellT", bound=Hashable)
@@ -163,6 +174,20 @@ def _synchronize(device: torch.device) -> None:
 def summary(runs: Sequence[float]) -> dict[str, Any]:
     """The median, the lowest and the highest of some runs, and all of them."""
     return {"median": statistics.median(runs), "lowest": min(runs), "highest": max(runs), "runs": list(runs)}
+
+
+def time_shares(step: Step, device: torch.device) -> dict[str, float]:
+    """The parts of a run's time that `KINDS` of operations take on the device, as torch's profiler sees it; sum 1."""
+    on_gpu = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]) as profiler:
+        seconds_of(step, device)
+    spent = dict.fromkeys([*KINDS, OTHER_KIND], 0.0)
+    for event in profiler.key_averages():  # of the operations; what runs on a GPU is theirs too
+        if event.device_type == torch.autograd.DeviceType.CPU:  # type: ignore[attr-defined]
+            kind = next((kind for kind, names in KINDS.items() if names.search(event.key)), OTHER_KIND)
+            spent[kind] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
+    whole = sum(spent.values())
+    return {kind: share / whole for kind, share in spent.items()}
 
 
 def resident_bytes(device: torch.device) -> int:

@@ -51,6 +51,10 @@ PANELS = {
         Panel("matching and losses, seconds", lambda record: seconds(record, "losses")),
         Panel("with backward, seconds", lambda record: seconds(record, "train")),
     ],
+    "loading": [
+        Panel("reading for training, images a second", lambda record: record["batch"] / seconds(record, "train")),
+        Panel("reading for evaluation, images a second", lambda record: record["batch"] / seconds(record, "inference")),
+    ],
     "estimate": [
         Panel("estimated peak, usual batch, GiB", lambda record: number(record, "bytes") / GIB),
         Panel("estimated peak, largest batch, GiB", lambda record: number(record, "bytes_largest") / GIB),

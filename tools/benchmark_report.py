@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 from tools.benchmark_arms import ARMS
 from tools.benchmark_criterion import AT_ONCE, BY_LAYER
-from tools.benchmark_measure import GIB
+from tools.benchmark_loading import FLOATS
+from tools.benchmark_measure import GIB, KINDS, OTHER_KIND
 from tools.benchmark_subjects import PRODUCT
 
 Record = Mapping[str, Any]
@@ -83,7 +84,9 @@ def to_markdown(report: Report) -> str:
     """The tables of a report, under a line that says where they are from."""
     where = report["environment"]
     origin = f"{where['device']}, {where['threads']} threads, torch {where['torch']}, commit {where['commit']}"
-    parts = [f"`{where['command']}`: {origin}.", _dropout(report), *SCOPES[report["scope"]](report)]
+    parts = [f"`{where['command']}`: {origin}.", *SCOPES[report["scope"]](report)]
+    if report["scope"] not in ("criterion", "loading"):
+        parts.insert(1, _dropout(report))
     return "\n\n".join(parts) + "\n"
 
 
@@ -91,11 +94,13 @@ def _dropout(report: Report) -> str:
     """The rates of every row, which decide what a CPU can do without storing maps."""
     rates = []
     for row, arms in report["configs"].items():
-        config = next(iter(arms.values()))
-        weights = config["attention_dropout"]
-        apart = "" if weights in (None, config["dropout"]) else f" (on attention weights {weights:g})"
-        rates.append(f"{row} {config['dropout']:g}{apart}")
-    return f"Dropout of all arms: {', '.join(rates)}. The configuration of every arm is in the JSON."
+        apart: dict[float, list[str]] = {}
+        for arm, config in arms.items():
+            if config["attention_dropout"] not in (None, config["dropout"]):
+                apart.setdefault(config["attention_dropout"], []).append(arm)
+        details = (f"{rate:g} on the attention weights of {', '.join(names)}" for rate, names in apart.items())
+        rates.append(" and ".join([f"{row} {config['dropout']:g}", *details]))
+    return f"Dropout: {'; '.join(rates)}. The configuration of every arm is in the JSON."
 
 
 def _model_tables(report: Report) -> list[str]:
@@ -156,7 +161,17 @@ def _encoder_tables(report: Report) -> list[str]:
     header += ["of the machine's rate", "GiB", *references]
     header += ["train s, one long image", "of dense", "inference s, 800 x 1066", "of dense"]
     records = (record for record in results.records if record["arm"] != PRODUCT)
-    return [_table(header, map(costs, records)), _ENCODER_NOTES]
+    return [_table(header, map(costs, records)), _ENCODER_NOTES, _shares_table(results), _SHARES_NOTES]
+
+
+def _shares_table(results: Results) -> str:
+    kinds = [*KINDS, OTHER_KIND]
+    rows = [
+        [*line_of(record), *(f"{record['shares'][kind]:.1%}" for kind in kinds)]
+        for record in results.records
+        if "shares" in record
+    ]
+    return _table(["model", "encoder", *kinds], rows)
 
 
 def _sweep_tables(report: Report) -> list[str]:
@@ -203,6 +218,25 @@ def _criterion_tables(report: Report) -> list[str]:
     beside = f"of {BY_LAYER}"
     header = ["model", "way", "images", "matching and losses, s", beside, "with backward, s", beside]
     return [_table([*header, "losses differ by"], map(costs, results.records))]
+
+
+def _loading_tables(report: Report) -> list[str]:
+    results = Results(report["results"])
+
+    def costs(record: Record) -> list[str]:
+        other = results.other(record, arm=FLOATS)
+        cells = [record["arm"], str(record["batch"])]
+        for step in ("train", "inference"):
+            rate, reference = (each["batch"] / seconds(each, step) for each in (record, other))
+            cells += [_fixed(rate, ".1f"), _fraction(rate / reference)]
+        own, reference = (number(each, "bytes") for each in (record, other))
+        cells += [_fixed(own / 2**20, ".1f"), *_ratios(own, reference)]
+        return [*cells, _spread(record, "device", 1)]
+
+    beside = f"of {FLOATS}"
+    header = ["images", "a batch", "images/s a core, training", beside, "images/s a core, evaluation", beside]
+    header += ["MiB a batch", beside, "then on the device, s"]
+    return [_table(header, map(costs, results.records)), _LOADING_NOTES]
 
 
 def _estimate_tables(report: Report) -> list[str]:
@@ -284,9 +318,15 @@ one long image (3,400 tokens at full size); and forward alone for 800 x 1066 pix
 published, on the padded map with every attention map stored; their long image is left to the sweep. The machine's rate
 is that of a product of large square matrices in the same rounds; the work set against it is three times the operations
 of the forward pass."""
+_SHARES_NOTES = """\
+What one training step of the batch spends its time on, by torch's profiler, which slows small operations down a
+little."""
 _SWEEP_NOTES = f"""\
 Seconds of forward and backward of one encoder layer on one image of so many tokens, median (lowest to highest). The
 exponent is the slope of log seconds over log tokens above {MANY_TOKENS:,} tokens."""
+_LOADING_NOTES = """\
+Reading, decoding, augmenting and batching in one process on one thread, as a loader process does, medians; then, per
+batch, the copy to the device and, of 8-bit images, the standardisation there."""
 _ESTIMATE_NOTES = """\
 Estimated on fake tensors for one GPU: what `torch.cuda.max_memory_allocated` would say, without the workspaces of
 kernels and the half GiB or so of the CUDA context. A usual batch has sizes drawn as in training; the largest has images
@@ -298,5 +338,6 @@ SCOPES: dict[str, Callable[[Report], list[str]]] = {
     "encoder": _encoder_tables,
     "sweep": _sweep_tables,
     "criterion": _criterion_tables,
+    "loading": _loading_tables,
     "estimate": _estimate_tables,
 }

@@ -19,6 +19,7 @@ from configs.schema import Config
 from datasets import Batch, normalize
 from enact.method import form_clusters
 from models import build_criterion_from
+from models.compilation import compile_model
 from preparation import build_optimizer
 from tools.benchmark_arms import ARMS, build_arm
 from tools.benchmark_inputs import (
@@ -30,7 +31,7 @@ from tools.benchmark_inputs import (
     token_maps,
     training_batch,
 )
-from tools.benchmark_measure import Subject, attempt, matrix_product, peak_bytes, resident_bytes
+from tools.benchmark_measure import Subject, attempt, matrix_product, peak_bytes, resident_bytes, time_shares
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PRODUCT = "matrix product"  # stands in place of an arm: the rate of the machine
@@ -78,7 +79,7 @@ def model_subject(cell: Cell, config: Config, device: torch.device) -> Subject:
     scale_features(model, picture)
     model.to(device)
     if cell.compiled:
-        model.compile(dynamic=False)
+        compile_model(model, fall_back=False)
     step = TrainingStep(model, config, training_batch(config, cell.batch).to(device), cell.amp)
     step()  # the optimizer has its state from the first step on
     facts["bytes"] = peak_bytes(step, device, model, others)
@@ -165,7 +166,7 @@ def encoder_subject(cell: Cell, config: Config, device: torch.device) -> Subject
     else:
         train_cells = _training_cells(config, cell.batch)
     model = build_arm(_without_the_rest(config), cell.arm)
-    facts = {"tokens_padded": train_cells.numel(), "tokens_real": int((~train_cells).sum())}
+    facts: dict[str, Any] = {"tokens_padded": train_cells.numel(), "tokens_real": int((~train_cells).sum())}
     if not cell.tokens:
         facts |= _profile_of_encoder(config, cell.arm, cell.batch)
     model.to(device)
@@ -174,6 +175,8 @@ def encoder_subject(cell: Cell, config: Config, device: torch.device) -> Subject
     train = EncoderStep(model, config, train_cells, device, cell.amp)
     train()
     facts["bytes"] = peak_bytes(train, device, model, others)
+    if not cell.compiled:
+        facts["shares"] = time_shares(train, device)
     steps: dict[str, Callable[[], object]] = {"train": train}
     if not cell.tokens:
         picture = EncoderStep(model, config, cells_of(inference_batch(config), config), device, cell.amp)
