@@ -12,7 +12,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +102,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class Run:
-    """One command, from its configuration to its pictures."""
+    """One command, from its configuration to its pictures.
 
-    def __init__(self, config: Config, device: torch.device) -> None:
+    Args:
+        config: what to do; `complete` fills in what the data decides.
+        device: of the model.
+        build: the detector of a configuration.
+    """
+
+    def __init__(
+        self, config: Config, device: torch.device, build: Callable[[Config], nn.Module] = build_model_from
+    ) -> None:
         set_up_console()
         self.signals = StopSignals()
         demand_same_settings(config)
@@ -118,7 +126,7 @@ class Run:
         found = checkpoint_to_resume(config)
         self.config = config = complete(config, self.train_set, self.val_set, resumed=found is not None)
         with distributed.node_leader_first():  # who fetches pretrained weights
-            self.model = build_model_from(config).to(device)
+            self.model = build(config).to(device)
         if config.compile:
             compile_model(self.model)
         freeze(self.model, config.freeze)

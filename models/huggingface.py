@@ -8,7 +8,7 @@ memory calls some of its parts from release 5 on is read too.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -110,14 +110,25 @@ def to_huggingface(state_dict: StateDict, backbone: str = "transformers") -> dic
         ValueError: Hugging Face has no such model.
     """
     _demand_known(state_dict)
-    conditional = _is_conditional(state_dict)
-    state: dict[str, Tensor] = {}
-    for key, value in state_dict.items():
-        for part, tensor in _separate_projections(key, value):
-            state[_their_name(part, conditional, backbone)] = tensor.contiguous()  # safetensors wants no other
+    state = _as_in_their_file(state_dict, backbone)
     for key in [key for key in state if ".position_embedding." in key]:  # the name in files of release 5
         state[key.replace("model.backbone.", "model.")] = state[key].clone()
     return state
+
+
+def encoder_to_huggingface(state_dict: StateDict, names: Iterable[str]) -> dict[str, Tensor]:
+    """The weights of our encoder under the names that one of Hugging Face's has in memory.
+
+    Args:
+        state_dict: of a dense `models.encoder.Encoder`.
+        names: the keys of their list of layers, in any release: DetrEncoderLayers, ConditionalDetrEncoderLayers or
+            RTDetrEncoderLayers.
+
+    Raises:
+        KeyError: ours has no such weight.
+    """
+    ours = _as_in_their_file({f"encoder.{key}": value for key, value in state_dict.items()}, "transformers")
+    return {name: ours[_replaced(f"model.encoder.layers.{name}", NEW_NAMES)] for name in names}
 
 
 def fields_of(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -184,6 +195,15 @@ def config_of(fields: Mapping[str, Any], num_classes: int, class_names: Mapping[
 
 def _is_conditional(state: StateDict) -> bool:
     return any(".ca_kcontent_proj." in key for key in state)
+
+
+def _as_in_their_file(state_dict: StateDict, backbone: str) -> dict[str, Tensor]:
+    conditional = _is_conditional(state_dict)
+    return {
+        _their_name(part, conditional, backbone): tensor.contiguous()  # safetensors wants no other
+        for key, value in state_dict.items()
+        for part, tensor in _separate_projections(key, value)
+    }
 
 
 def _as_in_file(state_dict: StateDict) -> dict[str, Tensor]:

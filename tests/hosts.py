@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models.encoder import Encoder
+from tools.hosts import HuggingFaceEncoder, RTDetrEncoder
 
 TOKENS, CHANNELS = 48, 32
 TORCH = ["encoder", "sequence_first", "layer", "transformer", "detr_form"]
@@ -59,12 +59,7 @@ def hugging_face(kind: str) -> nn.Module:
 
 
 def encode_hugging_face(model: Any, tokens: Tensor, pad_mask: Tensor | None) -> Tensor:
-    encoder = model.model.encoder
-    known = inspect.signature(encoder.forward).parameters
-    name = "spatial_position_embeddings" if "spatial_position_embeddings" in known else "object_queries"  # before 5
-    real = torch.ones(tokens.shape[:2], dtype=torch.long) if pad_mask is None else (~pad_mask).long()
-    encoded = encoder(inputs_embeds=tokens, attention_mask=real, **{name: position(tokens)})
-    return encoded.last_hidden_state  # type: ignore[no-any-return]
+    return HuggingFaceEncoder(model.model.encoder).forward(tokens, position(tokens), pad_mask)
 
 
 def rt_detr_stack(model: Any) -> str:
@@ -72,10 +67,8 @@ def rt_detr_stack(model: Any) -> str:
 
 
 def encode_rt_detr(model: Any, tokens: Tensor, pad_mask: Tensor | None) -> Tensor:
-    for layer in getattr(model.model.encoder, rt_detr_stack(model))[0].layers:
-        encoded = layer(tokens, None, position(tokens))
-        tokens = encoded[0] if isinstance(encoded, tuple) else encoded
-    return tokens
+    layers = getattr(model.model.encoder, rt_detr_stack(model))[0].layers
+    return RTDetrEncoder(layers).forward(tokens, position(tokens), None)  # which no padding reaches there
 
 
 def make_host(kind: str) -> Host:
