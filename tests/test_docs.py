@@ -64,6 +64,7 @@ SCALE: dict[str, list[str]] = {
     "tools/export.py": [],
     "tools/predict.py": CPU,
     "tools/report.py": CPU,
+    "tools/transformer_detr.py": ["--epochs", "1", *CPU],
     "tools/visualize.py": CPU,
     "tools/without_training.py": ["--sigmas", "3", "--kinds", "paper", "uniform", "--draws", "1", *CPU],
 }

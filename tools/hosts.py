@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from configs.schema import Config
 from main import Run
 from models import build_model_from
-from models.huggingface import config_of, encoder_to_huggingface
+from models.huggingface import ARCHITECTURES, config_of, encoder_to_huggingface
 from preparation import pick_device
 from tools.detector_files import load_detector
 from tools.transformer_detr import TransformerDetr, is_transformer_detr
@@ -88,13 +88,11 @@ MakeEncoder = Callable[[Config], HuggingFaceEncoder | RTDetrEncoder]
 
 
 def _detr_encoder(config: Config) -> HuggingFaceEncoder:
-    theirs = _transformers("DetrConfig").from_dict(config_of(vars(config), config.num_classes or 1, {}))
-    return HuggingFaceEncoder(_transformers("DetrEncoder", "detr")(theirs))
-
-
-def _conditional_detr_encoder(config: Config) -> HuggingFaceEncoder:
-    theirs = _transformers("ConditionalDetrConfig").from_dict(config_of(vars(config), config.num_classes or 1, {}))
-    return HuggingFaceEncoder(_transformers("ConditionalDetrEncoder", "conditional_detr")(theirs))
+    """Of their DETR or Conditional DETR."""
+    family = ARCHITECTURES[config.model].removesuffix("ForObjectDetection")
+    assert config.num_classes is not None
+    theirs = _transformers(f"{family}Config").from_dict(config_of(vars(config), config.num_classes, {}))
+    return HuggingFaceEncoder(_transformers(f"{family}Encoder", config.model)(theirs))
 
 
 def _rt_detr_encoder(config: Config) -> RTDetrEncoder:
@@ -136,7 +134,7 @@ HOSTS = {
     "transformer": Host("nn.Transformer", "transformer_detr"),
     "transformer_encoder": Host("nn.TransformerEncoder", "transformer_detr", part="encoder"),
     "hf_detr": Host("Hugging Face DETR", "detr", _detr_encoder),
-    "hf_conditional_detr": Host("Hugging Face Conditional DETR", "conditional_detr", _conditional_detr_encoder),
+    "hf_conditional_detr": Host("Hugging Face Conditional DETR", "conditional_detr", _detr_encoder),
     "hf_rt_detr": Host("Hugging Face RT-DETR", "detr", _rt_detr_encoder),
 }
 
