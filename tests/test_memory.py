@@ -37,6 +37,28 @@ def test_feed_forward_keeps_one_tensor_between_its_layers() -> None:
         assert_close(one, other)
 
 
+@pytest.mark.parametrize("frozen", ["none", "first", "input"])
+@pytest.mark.parametrize("amp", [False, True])
+def test_feed_forward_without_dropout_is_autograds(amp: bool, frozen: str) -> None:
+    first, second = nn.Linear(8, 64), nn.Linear(64, 8, bias=False)
+    first.requires_grad_(frozen != "first")
+    x = torch.randn(2, 25, 8, requires_grad=frozen != "input")
+    learned = [tensor for tensor in (x, *first.parameters(), *second.parameters()) if tensor.requires_grad]
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        results = feed_forward(x, first, second, nn.Dropout(0.25).eval()), second(first(x).relu())
+    for one, other in zip(*(
+        [found, *torch.autograd.grad(found.float().square().sum(), learned)] for found in results
+    ), strict=True):
+        assert_close(one, other, **({"atol": 2e-2, "rtol": 2e-2} if amp else {}))
+
+
+def test_feed_forward_runs_layers_that_are_more_than_their_weights() -> None:
+    first, second, seen = nn.Linear(8, 16), nn.Linear(16, 8), []
+    first.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    feed_forward(torch.randn(5, 8), first, second, nn.Dropout(0.1))
+    assert len(seen) == 1
+
+
 @pytest.mark.parametrize("rate", [0.001, 0.1, 0.5, 0.999999])
 def test_dropout_draws_at_its_rate(rate: float) -> None:
     dropped = Dropout(rate)(torch.ones(401, 1001))
