@@ -120,7 +120,7 @@ class AnchorDecoderLayer(nn.Module):
     Args:
         embed_dim, num_heads, dim_feedforward: sizes.
         dropout: after attentions, and in the feed-forward block.
-        attention_dropout: on the weights of both attentions; None: as `dropout`.
+        attention_dropout: on the weights of both attentions.
     """
 
     def __init__(
@@ -129,13 +129,12 @@ class AnchorDecoderLayer(nn.Module):
         num_heads: int,
         dim_feedforward: int,
         dropout: float,
-        attention_dropout: float | None = None,
+        attention_dropout: float,
     ) -> None:
         super().__init__()
-        of_attention = dropout if attention_dropout is None else attention_dropout
-        self.self_attn = nn.MultiheadAttention(embed_dim, num_heads, of_attention, batch_first=True)
+        self.self_attn = nn.MultiheadAttention(embed_dim, num_heads, attention_dropout, batch_first=True)
         self.norm2 = nn.LayerNorm(embed_dim)
-        self.cross_attn = RowColumnAttention(embed_dim, num_heads, of_attention)
+        self.cross_attn = RowColumnAttention(embed_dim, num_heads, attention_dropout)
         self.norm1 = nn.LayerNorm(embed_dim)
         self.ffn = FeedForward(embed_dim, dim_feedforward, dropout)
         self.dropout = Dropout(dropout)
@@ -169,7 +168,7 @@ class AnchorDecoder(nn.Module):
         num_heads: int,
         dim_feedforward: int,
         dropout: float,
-        attention_dropout: float | None = None,
+        attention_dropout: float,
     ) -> None:
         super().__init__()
         layer = AnchorDecoderLayer(embed_dim, num_heads, dim_feedforward, dropout, attention_dropout)

@@ -72,8 +72,8 @@ class ConditionalDecoderLayer(nn.Module):
     Args:
         embed_dim, num_heads, dim_feedforward: sizes.
         dropout: after attentions, inside and after the feed-forward block.
+        attention_dropout: on the weights of both attentions.
         first: the first layer of the decoder, whose queries hold nothing yet: there position is added to content too.
-        attention_dropout: on the weights of both attentions; None: as `dropout`.
     """
 
     def __init__(
@@ -82,11 +82,10 @@ class ConditionalDecoderLayer(nn.Module):
         num_heads: int,
         dim_feedforward: int,
         dropout: float,
+        attention_dropout: float,
         first: bool,
-        attention_dropout: float | None = None,
     ) -> None:
         super().__init__()
-        of_attention = dropout if attention_dropout is None else attention_dropout
         self.sa_qcontent_proj = nn.Linear(embed_dim, embed_dim)
         self.sa_qpos_proj = nn.Linear(embed_dim, embed_dim)
         self.sa_kcontent_proj = nn.Linear(embed_dim, embed_dim)
@@ -98,8 +97,8 @@ class ConditionalDecoderLayer(nn.Module):
         self.ca_v_proj = nn.Linear(embed_dim, embed_dim)
         self.ca_qpos_sine_proj = nn.Linear(embed_dim, embed_dim)
         self.ca_qpos_proj = nn.Linear(embed_dim, embed_dim) if first else None
-        self.self_attn = ProjectedAttention(embed_dim, num_heads, of_attention)
-        self.cross_attn = ProjectedAttention(embed_dim, num_heads, of_attention)
+        self.self_attn = ProjectedAttention(embed_dim, num_heads, attention_dropout)
+        self.cross_attn = ProjectedAttention(embed_dim, num_heads, attention_dropout)
         self.linear1 = nn.Linear(embed_dim, dim_feedforward)
         self.linear2 = nn.Linear(dim_feedforward, embed_dim)
         self.norm1 = nn.LayerNorm(embed_dim)
@@ -168,11 +167,11 @@ class ConditionalDecoder(nn.Module):
         num_heads: int,
         dim_feedforward: int,
         dropout: float,
-        attention_dropout: float | None = None,
+        attention_dropout: float,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
-            ConditionalDecoderLayer(embed_dim, num_heads, dim_feedforward, dropout, layer == 0, attention_dropout)
+            ConditionalDecoderLayer(embed_dim, num_heads, dim_feedforward, dropout, attention_dropout, layer == 0)
             for layer in range(num_layers)
         )
         self.norm = nn.LayerNorm(embed_dim)

@@ -20,7 +20,7 @@ class DecoderLayer(nn.Module):
     Args:
         embed_dim, num_heads, dim_feedforward: sizes.
         dropout: after attentions, inside and after the feed-forward block.
-        attention_dropout: on the weights of both attentions; None: as `dropout`.
+        attention_dropout: on the weights of both attentions.
     """
 
     def __init__(
@@ -29,12 +29,11 @@ class DecoderLayer(nn.Module):
         num_heads: int,
         dim_feedforward: int,
         dropout: float,
-        attention_dropout: float | None = None,
+        attention_dropout: float,
     ) -> None:
         super().__init__()
-        of_attention = dropout if attention_dropout is None else attention_dropout
-        self.self_attn = nn.MultiheadAttention(embed_dim, num_heads, of_attention, batch_first=True)
-        self.multihead_attn = nn.MultiheadAttention(embed_dim, num_heads, of_attention, batch_first=True)
+        self.self_attn = nn.MultiheadAttention(embed_dim, num_heads, attention_dropout, batch_first=True)
+        self.multihead_attn = nn.MultiheadAttention(embed_dim, num_heads, attention_dropout, batch_first=True)
         self.linear1 = nn.Linear(embed_dim, dim_feedforward)
         self.linear2 = nn.Linear(dim_feedforward, embed_dim)
         self.norm1 = nn.LayerNorm(embed_dim)
@@ -67,7 +66,7 @@ class Decoder(nn.Module):
         num_heads: int,
         dim_feedforward: int,
         dropout: float,
-        attention_dropout: float | None = None,
+        attention_dropout: float,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(

@@ -42,7 +42,7 @@ def test_attention_adds_the_logits_of_its_parts(parts: int) -> None:
 @pytest.mark.parametrize("first", [True, False])
 @torch.no_grad()
 def test_a_layer_attends_by_content_and_by_reference_point(first: bool) -> None:
-    layer = ConditionalDecoderLayer(12, 3, 16, dropout=0.1, first=first).eval()
+    layer = ConditionalDecoderLayer(12, 3, 16, dropout=0.1, attention_dropout=0.1, first=first).eval()
     x, embedding, sine = torch.randn(3, 1, 5, 12)
     memory, position = torch.randn(2, 1, 9, 12)
     pad_mask = torch.arange(9)[None] >= 7
@@ -62,7 +62,7 @@ def test_a_layer_attends_by_content_and_by_reference_point(first: bool) -> None:
 
 @torch.no_grad()
 def test_later_layers_scale_the_reference_point_by_the_state_before_its_norm() -> None:
-    decoder, seen = ConditionalDecoder(3, 12, 3, 16, dropout=0.0).eval(), []
+    decoder, seen = ConditionalDecoder(3, 12, 3, 16, dropout=0.0, attention_dropout=0.0).eval(), []
     nn.init.normal_(decoder.norm.bias)  # so that a state differs from its norm
     for layer in decoder.layers:
         layer.register_forward_hook(lambda _, inputs, output: seen.append((inputs[2], output)))
