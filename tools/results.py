@@ -61,15 +61,19 @@ def read_run(folder: Path) -> dict[str, Any]:
         "seconds_fastest_epoch": min(record["train_seconds"] for record in records),
         "parameters": records[-1]["n_parameters"],
         **{name: figures[position] for name, position in zip(COLUMNS, POSITIONS, strict=True)},
+        "loss": records[-1]["test_loss"],
         "environment": json.loads((folder / "environment.json").read_text()),
     }
 
 
 def to_markdown(runs: list[dict[str, Any]]) -> str:
-    """A row for each model and encoder: means over seeds, the range of AP and AP50, and the fastest epoch of all."""
+    """A row for each model and encoder: means over seeds, the range of AP and AP50, and the fastest epoch of all.
+
+    Runs of tables made before the loss of the validation set was kept have none.
+    """
     lines = [
-        "| model | encoder | seeds | AP | AP50 | APS | APM | epochs | fastest epoch, s |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| model | encoder | seeds | AP | AP50 | APS | APM | loss | epochs | fastest epoch, s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for run in runs:
@@ -78,6 +82,7 @@ def to_markdown(runs: list[dict[str, Any]]) -> str:
         group = groups[model, encoder]
         cells = [mean_and_range(group, "AP"), mean_and_range(group, "AP50")]
         cells += [f"{100 * mean(group, name):.1f}" for name in ("APS", "APM")]
+        cells.append(f"{mean(group, 'loss'):.2f}" if all("loss" in run for run in group) else "-")
         cells += [str(group[0]["epochs"]), f"{min(run['seconds_fastest_epoch'] for run in group):.1f}"]
         lines.append(f"| {model} | {encoder} | {len(group)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
