@@ -272,11 +272,12 @@ def save_plot(rows: list[dict[str, Any]], file: Path) -> None:
             points = sorted((row["tokens a cluster"], row["AP"]) for row in rest if row["kind"] == kind)
             axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=kind)
         axes.grid(alpha=0.3)
+        axes.tick_params(labelbottom=True)
     for empty in panels[len(hosts) :]:
         empty.set_axis_off()
     figure.supxlabel("tokens a cluster")
     figure.supylabel("AP, percent, nothing trained")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=6)
     figure.savefig(file, dpi=120)
 
 
