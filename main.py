@@ -107,11 +107,11 @@ class Run:
     Args:
         config: what to do; `complete` fills in what the data decides.
         device: of the model.
-        build: the detector of a configuration.
+        build: the detector of a configuration; None: `build_model_from`.
     """
 
     def __init__(
-        self, config: Config, device: torch.device, build: Callable[[Config], nn.Module] = build_model_from
+        self, config: Config, device: torch.device, build: Callable[[Config], nn.Module] | None = None
     ) -> None:
         set_up_console()
         self.signals = StopSignals()
@@ -126,7 +126,7 @@ class Run:
         found = checkpoint_to_resume(config)
         self.config = config = complete(config, self.train_set, self.val_set, resumed=found is not None)
         with distributed.node_leader_first():  # who fetches pretrained weights
-            self.model = build(config).to(device)
+            self.model = (build or build_model_from)(config).to(device)
         if config.compile:
             compile_model(self.model)
         freeze(self.model, config.freeze)

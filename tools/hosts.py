@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from configs.schema import Config
 from main import Run
-from models import build_model_from
 from models.huggingface import ARCHITECTURES, config_of, encoder_to_huggingface
 from preparation import pick_device
 from tools.detector_files import load_detector
@@ -151,13 +150,10 @@ def model_of(path: Path) -> str:
 
 def open_run(path: Path, folder: str, device: str) -> Run:
     """The detector of a checkpoint with its validation set, for `Run.evaluate`; its files go to `folder`."""
-    build: Callable[[Config], nn.Module] = build_model_from
-    if is_transformer_detr(path):
-        config, build = Config(**checkpoint.load(path)["config"]), TransformerDetr
-    else:
-        config = load_detector(path, torch.device("cpu")).config
+    other = is_transformer_detr(path)
+    config = Config(**checkpoint.load(path)["config"]) if other else load_detector(path, torch.device("cpu")).config
     config = dataclasses.replace(config, eval=True, resume=str(path), output_dir=folder, num_workers=0)
-    run = Run(config, pick_device(device), build)
+    run = Run(config, pick_device(device), TransformerDetr if other else None)
     run.model.eval()
     return run
 
