@@ -132,6 +132,7 @@ class Benchmark:
         """Measure group after group; the files hold what is done, whenever the command stops."""
         groups = list(self.groups())
         self.check_configs(groups)
+        self.environment = {**environment.describe(self.device), "command": self.command}  # before files change
         results: list[dict[str, Any]] = []
         steps = 1 if self.scope == "estimate" else 1 + self.options.repeats
         with (
@@ -261,7 +262,7 @@ class Benchmark:
         name = "benchmark" if self.scope == "model" else f"benchmark_{self.scope}"
         output = self.options.output or ROOT / "results" / name
         report: dict[str, Any] = {
-            "environment": {**environment.describe(self.device), "command": self.command},
+            "environment": self.environment,
             "scope": self.scope,
             "device": self.device.type,
             "seed": SEED,
