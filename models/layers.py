@@ -94,13 +94,14 @@ class Dropout(nn.Dropout):
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape."""
-        if not self.training or self.p == 0:
-            return x
-        if _draws_itself(x):
-            result: Tensor = _Dropout.apply(x, self.p)
-            return result
-        dropped: Tensor = torch.native_dropout(x, self.p, True)[0]
-        return dropped
+        return _drop(x, self.p if self.training else 0.0)
+
+
+def _drop(x: Tensor, rate: float) -> Tensor:
+    if rate == 0:
+        return x
+    dropped: Tensor = _Dropout.apply(x, rate) if _draws_itself(x) else torch.native_dropout(x, rate, True)[0]
+    return dropped
 
 
 def feed_forward(x: Tensor, linear1: nn.Linear, linear2: nn.Linear, dropout: nn.Dropout) -> Tensor:
@@ -111,7 +112,7 @@ def feed_forward(x: Tensor, linear1: nn.Linear, linear2: nn.Linear, dropout: nn.
     rate = dropout.p if dropout.training else 0.0
     tokens = x.flatten(0, -2)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not (_is_plain(linear1) and _is_plain(linear2)):
-        result: Tensor = linear2(F.dropout(linear1(tokens).relu(), rate))
+        result: Tensor = linear2(_drop(linear1(tokens).relu(), rate))
     else:
         tensors: tuple[Tensor | None, ...] = (tokens, linear1.weight, linear1.bias, linear2.weight, linear2.bias)
         if torch.is_autocast_enabled(x.device.type):
