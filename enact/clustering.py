@@ -23,6 +23,9 @@ Regions = Literal["sign_change", "uniform", "random", "chunks", "image_chunks", 
 # would make gradients NaN, and in the range of half precision when divided by a usual attention scale.
 ABSENT = -5000.0
 
+# Of the information: a curvature of less is none. (Usual ones are 0.01 of it; rounding in fp64 makes 1e-15 of it.)
+FLAT = 1e-9
+
 # Of the mean absolute curvature of an image: how near to zero a curvature is for its token to belong to two clusters.
 SOFTNESS = 0.25
 
@@ -204,8 +207,11 @@ def curvature(smoothed: Tensor) -> Tensor:
 
 
 def sign_changes(smoothed: Tensor) -> Tensor:
-    """(B, N) bool, True for a token whose curvature has another sign than that of the token before it."""
-    bends_down = curvature(smoothed) > 0
+    """(B, N) bool, True for a token whose curvature has another sign than that of the token before it.
+
+    Among tokens of no probability a curvature is rounding noise, and counts as none.
+    """
+    bends_down = curvature(smoothed) > FLAT * smoothed
     return torch.cat([torch.zeros_like(bends_down[:, :1]), bends_down[:, 1:] != bends_down[:, :-1]], dim=1)
 
 

@@ -56,8 +56,8 @@ def self_information(logits: Tensor, real: Tensor | None = None) -> Tensor:
     """
     if real is not None:
         logits = logits.masked_fill(~real, torch.finfo(logits.dtype).min)
-    # The clamp changes nothing, but the ONNX exporter's optimizer drops the addition of so small a number.
-    probability = (logits.softmax(1) + PROBABILITY_FLOOR).clamp(min=PROBABILITY_FLOOR)
+    # A tensor, since the ONNX exporter's optimizer drops the addition of so small a number.
+    probability = logits.softmax(1) + torch.full_like(logits, PROBABILITY_FLOOR)
     information = -probability * probability.log2()
     return information if real is None else information * real
 

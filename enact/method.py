@@ -151,7 +151,8 @@ def form_clusters(logits: Tensor, information: Information, method: Method, real
     largest = logits.shape[1]
     lengths = tokens.lengths()
     limit = torch.zeros_like(lengths) + method.budget(lengths)
-    partition = partition_tokens(method.regions, tokens.smoothed, real, limit.squeeze(1), method.budget(largest))
+    exact = _exactly_smoothed(logits, information, real)
+    partition = partition_tokens(method.regions, exact, real, limit.squeeze(1), method.budget(largest))
     pooling, counting = _pooling_scores(tokens, method.pooling), _counting_scores(tokens, method.cluster_bias)
     if method.boundary == "hard":
         weight = softmax_in_clusters(pooling, partition)
@@ -162,6 +163,15 @@ def form_clusters(logits: Tensor, information: Information, method: Method, real
     own, second = (slice(None), slice(largest)), (slice(None), slice(largest, None))  # the ONNX exporter fails on chunk
     shared = Shared(both.index[second], weight[second])
     return Clusters(partition.index, partition.count, partition.num_clusters, weight[own], bias, shared)
+
+
+def _exactly_smoothed(logits: Tensor, information: Information, real: Tensor | None) -> Tensor:
+    """Smoothed information (B, N) in fp64 where the device has it, for the signs of its second differences.
+
+    In fp32 these are ten times as noisy as rounding in the backbone makes them, and a sign that turns moves a cut.
+    """
+    with torch.no_grad():
+        return information.forward(logits if logits.device.type == "mps" else logits.double(), real)
 
 
 def _pooling_scores(tokens: _Tokens, pooling: Pooling) -> Tensor:

@@ -22,7 +22,7 @@ from enact.clustering import (
     softmax_in_clusters,
 )
 from enact.information import Information
-from enact.method import Method, cluster_keys, method_of
+from enact.method import Method, cluster_keys, form_clusters, method_of
 
 
 def rough(batch: int = 3, tokens: int = 60) -> Tensor:
@@ -126,6 +126,24 @@ def test_constant_information_gives_three_regions() -> None:
     """Zero outside makes both ends bend down (spec 3.2, item 16)."""
     clusters = cut(torch.full((1, 30), 0.01))
     assert clusters.index[0].tolist() == [0] + [1] * 28 + [2]
+
+
+def test_rounding_of_second_differences_moves_no_cut() -> None:
+    """fp32 logits give the cuts that they give in fp64."""
+    logits = torch.randn(64, 3400)
+    information, method = Information(8, 3.0), Method()
+    found, exact = (form_clusters(numbers, information, method) for numbers in (logits, logits.double()))
+    assert_close(found.index, exact.index)
+    assert found.weight.dtype == torch.float32
+
+
+def test_tokens_of_no_probability_are_cut_by_no_rounding() -> None:
+    logits = (-44 - 15 * torch.rand(1, 400)).index_fill(1, torch.tensor([150]), 0.0)
+    information = Information(8, 3.0)
+    found = form_clusters(logits, information, Method())
+    moved = form_clusters(logits + 1e-6 * torch.randn(1, 400), information, Method())
+    assert_close(moved.index, found.index)
+    assert int(found.count) < 12  # around that token, and at both ends
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3])

@@ -8,12 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from test_export import assert_same_rows
+from test_predict import table
 
 import main as command
 from datasets import Batch, CocoDetection, CocoEvaluator, collate, eval_transform, normalize
 from datasets.annotations import read_annotations
 from models import build_criterion, build_model, build_postprocessor
+from tools import export, predict
 
+ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
 
 
@@ -42,6 +46,33 @@ def test_a_row_of_the_table_takes_a_step_at_full_size(two_and_two: Path, model: 
     record = json.loads((folder / "log.txt").read_text())
     assert 0 < record["train_loss"] < 1000
     assert len(record["test_coco_eval_bbox"]) == 12
+
+
+@pytest.mark.parametrize("norm", ["group", "frozen"])
+def test_a_fine_tuned_detector_finds_the_same_after_its_export(
+    tiny_coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, norm: str
+) -> None:
+    """Drawn scenes -> photographs -> ONNX -> boxes within 0.001 px, by the commands."""
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    monkeypatch.chdir(tmp_path)
+    common = ["--model", "detr", "--enact", "--backbone_norm", norm, "--device", "cpu"]
+    scenes = ["--shapes_train", "64", "--shapes_val", "16", "--epochs", "1", "--output_dir", "scenes"]
+    assert command.main([*common, *scenes]) == 0
+    photographs = ["--config", str(ROOT / "configs" / "shapes.yaml"), "--coco_path", str(tiny_coco), "--epochs", "1",
+                   "--train_short_sides", "[96,128]", "--eval_short_side", "128", "--max_long_side", "200",
+                   "--pretrained", "scenes/checkpoint.pth", "--output_dir", "photographs"]  # fmt: skip
+    assert command.main([*common, *photographs]) == 0
+    trained, images = "photographs/checkpoint.pth", str(tiny_coco / "val2017")
+    exporting = ["--checkpoint", trained, "--output", "detr.onnx", "--images", images, "--tolerance", "0.001"]
+    assert export.main(exporting) == 0  # which also looks at all of them in one padded batch
+    found = []
+    for file in (trained, "detr.onnx"):
+        words = ["--checkpoint", file, "--output", Path(file).stem, "--score", "0.02", "--no_pictures"]
+        assert predict.main([images, *words, "--device", "cpu"]) == 0
+        found.append(table(Path(file).stem))
+    assert len(found[0]) >= 250
+    assert_same_rows(*found, pixels=1e-3)
 
 
 def four_photographs(tiny_coco: Path, folder: Path) -> CocoDetection:
