@@ -35,7 +35,7 @@ def read_json(path: Path, unused: frozenset[str] = frozenset()) -> Any:
     except InputError:
         raise
     except FileNotFoundError:
-        raise InputError(f"{path}: annotation file not found; check the data set's path") from None
+        raise InputError(f"{path}: file not found; check its path") from None
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise InputError(f"{path}: malformed JSON at {where} ({error.msg}); fetch or write the file again") from None

@@ -11,7 +11,6 @@ Writes results/ablation.json (every figure), .md (a table) and .png (AP of each 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -24,7 +23,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools.results import encoder_of, read_run, write_table
+from tools.results import encoder_of, read_run, read_table, write_table
+from util.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 # What is compared: the flags of main.py that make an arm.
@@ -65,13 +65,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--include", nargs="*", type=Path, default=[], metavar="FILE", help="other tables")
     parser.add_argument("flags", nargs="*", help="of main.py, for every arm, after --")
     options = parser.parse_args(argv)
+    try:
+        included = [run for file in options.include for run in read_table(file)]
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     folders = {(arm, seed): options.output_dir / f"{arm}_{seed}" for seed in options.seeds for arm in options.arms}
     missing = {key: folder for key, folder in folders.items() if not is_finished(folder)}
     failed = train_all(missing, options.flags, options.jobs)
     runs = [read_run(folder) for folder in folders.values() if is_finished(folder)]
     models = {run["model"] for run in runs}
-    for file in options.include:
-        runs += [run for run in json.loads(file.read_text()) if run["model"] in models]
+    runs += [run for run in included if run["model"] in models]
     if runs:
         write_table(runs, options.output)
         save_plot(runs, options.output.with_suffix(".png"))

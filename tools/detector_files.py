@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from configs.schema import FIELD_NAMES, Config, recipe
@@ -26,6 +25,7 @@ from models.pretrained import pretrained_weights, read_config
 from preparation import pick_device
 from util import checkpoint
 from util.errors import InputError
+from util.yaml_files import read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -78,9 +78,9 @@ def fields_from(options: argparse.Namespace) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     if options.config is not None:
         try:
-            content = yaml.safe_load(options.config.read_text())
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise InputError(f"cannot read the config {options.config}: {' '.join(str(error).split())}") from None
+            content = read_yaml(options.config)
+        except OSError as error:
+            raise InputError(f"cannot read the config {options.config}: {error.strerror}; check --config") from None
         if not isinstance(content, dict) or content.keys() - FIELD_NAMES:
             raise InputError(f"{options.config} must hold fields of the config, such as `model: detr`")
         fields |= content

@@ -13,6 +13,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from datasets.images import DECODING_ERRORS, DEEP_MODES
 from util.errors import InputError
+from util.files import regular_size
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"})
 VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"})
@@ -60,6 +61,7 @@ def is_video(path: Path) -> bool:
 def read_picture(path: Path) -> Image.Image:
     """An image file as RGB, turned as its EXIF data says (InputError if it is none)."""
     try:
+        regular_size(path)
         with Image.open(path) as image:
             mode = image.mode
             picture: Image.Image = ImageOps.exif_transpose(image).convert("RGB")
@@ -73,6 +75,7 @@ def read_picture(path: Path) -> Image.Image:
 def picture_size(path: Path) -> tuple[int, int]:
     """(height, width) in pixels of what `read_picture` gives, from the file's header (InputError if it has none)."""
     try:
+        regular_size(path)
         with Image.open(path) as image:
             width, height = image.size
             sideways = image.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS
@@ -100,7 +103,10 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def _inside(folder: Path, suffixes: frozenset[str], kind: str) -> list[Path]:
-    inside = sorted(file for file in folder.iterdir() if file.suffix.lower() in suffixes)
+    try:
+        inside = sorted(file for file in folder.iterdir() if file.suffix.lower() in suffixes)
+    except OSError as error:
+        raise InputError(f"cannot read {folder}: {error.strerror}") from None
     if not inside:
         raise InputError(f"there are no {kind} in {folder}")
     return inside

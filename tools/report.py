@@ -11,20 +11,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import engine
 from configs.schema import FIELD_NAMES, Config
 from datasets import CocoDetection, CocoEvaluator, EvalBatches, build_loader
+from datasets.json_files import read_json
 from models import build_criterion_from, build_postprocessor
 from preparation import build_data
 from tools.detector_files import inference_device, load_detector
@@ -32,6 +30,7 @@ from tools.report_page import EXAMPLES, write_report
 from util import checkpoint
 from util.errors import InputError
 from util.logs import set_up_console
+from util.yaml_files import read_yaml
 
 logger = logging.getLogger("report")
 
@@ -94,21 +93,17 @@ def read_config(folder: Path) -> Config:
     """The configuration of a run."""
     path = folder / "config.yaml"
     try:
-        values = yaml.safe_load(path.read_text())
+        values = read_yaml(path)
         return Config(**{name: value for name, value in values.items() if name in FIELD_NAMES})
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}; a run's folder is needed") from None
-    except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is no configuration of a run: {' '.join(str(error).split())}") from None
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
     """Detections in COCO's results format."""
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path} cannot be read ({reason}); remove it or write it again") from None
+    results = read_json(path)
     if not isinstance(results, list):
         raise InputError(f"{path} is not a list of detections, as COCO's results format has it")
     return results

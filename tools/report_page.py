@@ -16,7 +16,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from pycocotools.coco import COCO
@@ -28,6 +27,7 @@ from tools.report_pictures import Pair, draw_pair
 from tools.results import choices_of, encoder_of
 from util.errors import InputError
 from util.logs import LOG_NAME
+from util.yaml_files import read_yaml
 
 REPORT_NAME = "report.html"
 WORST = EXAMPLES = 8
@@ -132,8 +132,8 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 def _read_mapping(path: Path) -> dict[str, Any]:
     """A YAML or JSON file of names and values; nothing where there is none."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        values = read_yaml(path)
+    except (OSError, InputError):
         return {}
     return values if isinstance(values, dict) else {}
 

@@ -14,11 +14,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.schema import ENACT_CHOICES
+from datasets.json_files import read_json
+from util.errors import InputError
+from util.yaml_files import read_yaml
 
 COLUMNS = ("AP", "AP50", "APS", "APM", "APL")
 POSITIONS = (0, 1, 3, 4, 5)  # of COLUMNS among COCO's twelve figures
@@ -32,10 +33,10 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         runs = [read_run(folder) for folder in options.runs]
-    except (OSError, ValueError, KeyError) as error:
-        print(f"error: not the folder of a finished run: {error}", file=sys.stderr)
+        write_table(runs, options.output)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
-    write_table(runs, options.output)
     return 0
 
 
@@ -47,8 +48,24 @@ def write_table(runs: list[dict[str, Any]], output: Path) -> None:
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """What a run's folder says of it."""
-    config = yaml.safe_load((folder / "config.yaml").read_text())
+    """What a run's folder says of it (InputError: it is not that of a finished run)."""
+    try:
+        return _read_run(folder)
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise InputError(f"{folder} is not the folder of a finished run: {' '.join(str(error).split())}") from None
+
+
+def read_table(path: Path) -> list[dict[str, Any]]:
+    """What `write_table` wrote (InputError: it is no such file)."""
+    runs = read_json(path)
+    columns = {"model", "enact", "choices", "epochs", "seconds_fastest_epoch", *COLUMNS}
+    if not isinstance(runs, list) or not all(isinstance(run, dict) and columns <= run.keys() for run in runs):
+        raise InputError(f"{path} is no table of runs, as tools/results.py and tools/ablation.py write it")
+    return runs
+
+
+def _read_run(folder: Path) -> dict[str, Any]:
+    config = read_yaml(folder / "config.yaml")
     records = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
     figures = records[-1]["test_coco_eval_bbox"]
     return {
@@ -62,7 +79,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         "parameters": records[-1]["n_parameters"],
         **{name: figures[position] for name, position in zip(COLUMNS, POSITIONS, strict=True)},
         "loss": records[-1]["test_loss"],
-        "environment": json.loads((folder / "environment.json").read_text()),
+        "environment": read_json(folder / "environment.json"),
     }
 
 
