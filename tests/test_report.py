@@ -320,7 +320,7 @@ def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     broken("empty holds neither checkpoint.pth nor detections.json", "empty")
     folder = run_folder()
     (folder / "detections.json").write_text("{]")
-    broken("detections.json cannot be read", folder)
+    broken("detections.json: malformed JSON at line 1", folder)
     (folder / "detections.json").write_text("{}")
     broken("detections.json is not a list of detections", folder)
     (folder / "detections.json").write_text('[{"image_id": 77, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 1}]')

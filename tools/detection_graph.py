@@ -70,9 +70,10 @@ class Metadata:
         """What `to_text` gave (InputError: it is of no file of ours)."""
         try:
             values: dict[str, Any] = {name: json.loads(text[name]) for name in Metadata.__dataclass_fields__}
-        except (KeyError, ValueError):
+            names = {int(key): name for key, name in values["class_names"].items()}
+        except (AttributeError, KeyError, ValueError):
             raise InputError(f"{path} was not written by tools/export.py: it does not say how to use it") from None
-        return Metadata(**{**values, "class_names": {int(key): name for key, name in values["class_names"].items()}})
+        return Metadata(**{**values, "class_names": names})
 
 
 class DetectionGraph(nn.Module):

@@ -129,7 +129,8 @@ def check(graph: DetectionGraph, written: Detect, inputs: list[Inputs], options:
     if difference.boxes > options.tolerance:
         logger.error(
             "not written: on %s a detection is %.2g px from the nearest that PyTorch gives of its label and score (or "
-            "the other way round); --tolerance is %g px (docs/predict-and-export.md: What is checked)", difference.where, difference.boxes, options.tolerance,
+            "the other way round); --tolerance is %g px (docs/predict-and-export.md: What is checked)",
+            difference.where, difference.boxes, options.tolerance,
         )  # fmt: skip
         return 1
     times = time_both(graph, written, inputs[0])

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from configs.schema import ENACT_CHOICES
 from datasets.json_files import read_json
 from util.errors import InputError
+from util.files import regular_size
 from util.yaml_files import read_yaml
 
 COLUMNS = ("AP", "AP50", "APS", "APM", "APL")
@@ -51,7 +52,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     """What a run's folder says of it (InputError: it is not that of a finished run)."""
     try:
         return _read_run(folder)
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+    except (OSError, ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
         raise InputError(f"{folder} is not the folder of a finished run: {' '.join(str(error).split())}") from None
 
 
@@ -66,7 +67,9 @@ def read_table(path: Path) -> list[dict[str, Any]]:
 
 def _read_run(folder: Path) -> dict[str, Any]:
     config = read_yaml(folder / "config.yaml")
-    records = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+    log = folder / "log.txt"
+    regular_size(log)
+    records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     figures = records[-1]["test_coco_eval_bbox"]
     return {
         "model": config["model"],
