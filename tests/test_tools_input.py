@@ -35,8 +35,9 @@ def holding(content: bytes) -> Callable[[Path], None]:
 
 BAD: dict[str, Callable[[Path], None]] = {
     "missing": lambda path: None, "folder": folder, "pipe": pipe, "empty": holding(b""),
-    "cut off": holding(b'{"a": [1,'), "binary": holding(b"\x89PNG\r\n\xff\xfe\x00"), "another shape": holding(b"[1, 2]"), "a number": holding(b"3"),
-    "nested": holding(b"[" * 100_000), "objects": holding(b'[{"model": "detr"}]'),
+    "cut off": holding(b'{"a": [1,'), "binary": holding(b"\x89PNG\r\n\xff\xfe\x00"),
+    "another shape": holding(b"[1, 2]"), "a number": holding(b"3"), "nested": holding(b"[" * 100_000),
+    "objects": holding(b'[{"model": "detr"}]'),
 }  # fmt: skip
 
 
