@@ -198,6 +198,7 @@ def project(tmp_path: Path, cache: Path, tiny_coco: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(sys, "path", list(sys.path))
     part_of(tiny_coco, "COCO", 4)
     part_of(tiny_coco, "my_data", 4)
+    part_of(tiny_coco, "my_four", 4)
     as_yolo(Path("my_data"), "my_yolo")
     photographs = sorted((tiny_coco / "val2017").iterdir())
     Path("photographs").mkdir()

@@ -238,6 +238,16 @@ def test_an_image_that_cannot_be_read_is_reported_and_the_others_go_on(capsys: p
     assert table() == []
 
 
+def test_a_score_that_nothing_reaches_is_pointed_out(capsys: pytest.CaptureFixture[str]) -> None:
+    save_checkpoint()
+    save_picture("duck.png")
+    hint = "nothing has a score of 1 or more"
+    assert run("duck.png", "--score", "1") == 0
+    assert hint in capsys.readouterr().err
+    assert run("duck.png", "--score", "0") == 0
+    assert hint not in capsys.readouterr().err
+
+
 def test_patterns_and_repeated_names_are_understood() -> None:
     save_checkpoint()
     for name in ("p/a.png", "p/q/a.png", "p/q/b.jpg"):

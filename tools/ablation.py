@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from tools.commands import one_line_errors
 from tools.results import encoder_of, read_run, read_table, write_table
-from util.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 # What is compared: the flags of main.py that make an arm.
@@ -54,6 +54,7 @@ ARMS: dict[str, list[str]] = {
 }
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -65,11 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--include", nargs="*", type=Path, default=[], metavar="FILE", help="other tables")
     parser.add_argument("flags", nargs="*", help="of main.py, for every arm, after --")
     options = parser.parse_args(argv)
-    try:
-        included = [run for file in options.include for run in read_table(file)]
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    included = [run for file in options.include for run in read_table(file)]
     folders = {(arm, seed): options.output_dir / f"{arm}_{seed}" for seed in options.seeds for arm in options.arms}
     missing = {key: folder for key, folder in folders.items() if not is_finished(folder)}
     failed = train_all(missing, options.flags, options.jobs)

@@ -41,6 +41,7 @@ from tools.benchmark_measure import Subject, measure, memory_limit
 from tools.benchmark_plots import save_plot
 from tools.benchmark_report import exponents, write
 from tools.benchmark_subjects import PRECISIONS, PRODUCT, Cell, encoder_subject, model_subject
+from tools.commands import one_line_errors
 from util import environment
 from util.errors import InputError
 from util.logs import set_up_console
@@ -66,16 +67,13 @@ WAYS = {"criterion": benchmark_criterion.WAYS, "loading": benchmark_loading.WAYS
 ENCODER_BATCH, DILATED_ENCODER_BATCH, CRITERION_BATCH, LOADING_BATCH = 8, 2, 8, 16
 
 
+@one_line_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; an error of the user's is one line and exit status 2."""
     set_up_console()
     words = sys.argv[1:] if argv is None else list(argv)
     options = build_parser().parse_args(words)
-    try:
-        Benchmark(options, words).run()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    Benchmark(options, words).run()
     return 0
 
 

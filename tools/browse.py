@@ -30,6 +30,7 @@ from configs.schema import Config
 from datasets import Batch, CocoDetection, EpochBatches, collate
 from preparation import build_data
 from tools.clusters_panels import PALETTE
+from tools.commands import one_line_errors
 from util.errors import InputError
 from util.logs import set_up_console
 
@@ -39,16 +40,13 @@ COLUMNS = 4
 PANEL = 3.2  # inches of a panel's longer side
 
 
+@one_line_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0 if the sheet was written, 2 if it could not be."""
     set_up_console()
     options, flags = build_parser().parse_known_args(argv)
-    try:
-        config = parse_args(flags)
-        browse(config, options.epoch, options.count, options.output or Path(f"outputs/browse_epoch{options.epoch}.png"))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    config = parse_args(flags)
+    browse(config, options.epoch, options.count, options.output or Path(f"outputs/browse_epoch{options.epoch}.png"))
     return 0
 
 

@@ -28,6 +28,7 @@ from datasets.check_images import Job, Seen, examine_all, jobs_of
 from datasets.coco import coco_paths
 from datasets.json_files import read_json
 from datasets.yolo import is_yolo, read_yolo, yaml_path
+from tools.commands import one_line_errors
 from util.errors import InputError
 
 SPLITS = ("train", "val")
@@ -66,16 +67,13 @@ class Split(NamedTuple):
     jobs: list[Job]
 
 
+@one_line_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; see the module for its exit status."""
     options = build_parser().parse_args(argv)
-    try:
-        report = check(options.folder, options.workers)
-        if options.json is not None:
-            _write(report, options.json)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    report = check(options.folder, options.workers)
+    if options.json is not None:
+        _write(report, options.json)
     print(as_text(report))
     return 1 if report["errors"] else 0
 

@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tools.clusters_plot import draw_layer
+from tools.commands import add_device_flag, one_line_errors
 from tools.detector_files import add_detector_flags, fields_from, inference_device, load_detector, validation_images
 from tools.predict_results import draw
 from tools.side_by_side import REPEATS, Arm, Look, arms_of, look_at
@@ -40,18 +41,15 @@ HOW_TIMED = f"Times are medians of {REPEATS} passes in turns, after one to warm 
 TABLE_HEAD = "| | detections | forward pass | encoder | tokens | clusters a layer |\n|---|---|---|---|---|---|"
 
 
+@one_line_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: serves until it is interrupted; 2 if it could not start."""
     set_up_console()
     logging.getLogger("httpx").setLevel(logging.WARNING)  # gradio asks itself whether it is there
     options = build_parser().parse_args(argv)
-    try:
-        arms = load_arms(options)
-        examples = example_pictures(arms)
-        serve(build_page(arms, examples), options.host, options.port, examples)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    arms = load_arms(options)
+    examples = example_pictures(arms)
+    serve(build_page(arms, examples), options.host, options.port, examples)
     return 0
 
 
@@ -60,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_detector_flags(parser)
     parser.add_argument("--compare", type=Path, metavar="FILE", help="a second checkpoint, of main.py")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: cuda where there is one)")
+    add_device_flag(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to serve on; 0.0.0.0: all of this machine's")
     parser.add_argument("--port", type=int, default=7860, help="default 7860")
     return parser

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from tools.commands import one_line_errors
 from tools.detection_graph import (
     INPUT_NAMES,
     METADATA_NAME,
@@ -59,17 +60,14 @@ CHATTY = ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")
 EXAMPLE = (3, 197, 230)
 
 
+@one_line_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0 if the file is written, 1 if it is not the same detector, 2 if it could not start."""
     set_up_console()
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
     options = build_parser().parse_args(argv)
-    try:
-        return export(options)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return export(options)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets import eval_transform
 from datasets.transforms import resized_size
+from tools.commands import add_device_flag, one_line_errors
 from tools.detection_graph import Detect, DetectionGraph, ExportedGraph, Metadata, OnnxGraph
 from tools.detector_files import add_detector_flags, fields_from, inference_device, load_detector
 from tools.pictures import find_inputs, is_video, picture_size, read_picture
@@ -172,15 +173,12 @@ def as_picture(image: ImageLike) -> Image.Image:
     return picture
 
 
+@one_line_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0 if something could be read, 1 if nothing could, 2 if it could not start."""
     set_up_console()
     options = build_parser().parse_args(argv)
-    try:
-        return predict(options)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return predict(options)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -191,7 +189,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, help="a folder; default: predictions/ beside the checkpoint")
     parser.add_argument("--score", type=float, default=0.5, help="least score of a detection that counts (default 0.5)")
     parser.add_argument("--batch_size", type=int, default=8, help="images looked at together (default 8)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: cuda where there is one)")
+    add_device_flag(parser)
     parser.add_argument("--no_pictures", action="store_true", help="write detections.json and detections.csv only")
     return parser
 
@@ -214,6 +212,8 @@ def predict(options: argparse.Namespace) -> int:
             with results.reporting(file):
                 annotate_video(detector, file, results)
     logger.info("%s; results are in %s", results.summary(), folder)
+    if results.read and not results.found:
+        logger.info("nothing has a score of %g or more; --score 0.1 also shows what is less certain", options.score)
     return 0 if results.read else 1
 
 

@@ -102,11 +102,15 @@ class Results:
                 table.writerow(COLUMNS)
                 table.writerows(rows)
 
+    @property
+    def found(self) -> int:
+        """Detections so far."""
+        return sum(map(len, self._rows.values()))
+
     def summary(self) -> str:
         """One line of what was read and found."""
-        found = sum(map(len, self._rows.values()))
         skipped = f", {len(self._skipped)} skipped" if self._skipped else ""
-        return f"{found} detections in {self.read} of {len(self._files)} files{skipped}"
+        return f"{self.found} detections in {self.read} of {len(self._files)} files{skipped}"
 
 
 def image_ids(files: Sequence[Path]) -> dict[Path, int]:

@@ -26,6 +26,7 @@ from configs.schema import FIELD_NAMES, Config
 from datasets import Batch
 from models import build_criterion_from, build_model_from, load_weights
 from preparation import pick_device
+from tools.commands import one_line_errors
 from util import checkpoint
 from util.errors import InputError
 from util.logs import set_up_console
@@ -34,6 +35,7 @@ from util.randomness import set_random_state
 MOST_LINES = 12
 
 
+@one_line_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0 if the step was made again, whatever came of it; 2 if it could not be."""
     set_up_console()
@@ -41,12 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("file", type=Path, help="out of the folder bad_steps/ of a run")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: cuda where there is one)")
     options = parser.parse_args(argv)
-    try:
-        for line in replay(options.file, pick_device(options.device)):
-            print(line)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    for line in replay(options.file, pick_device(options.device)):
+        print(line)
     return 0
 
 

@@ -25,6 +25,7 @@ from datasets import CocoDetection, CocoEvaluator, EvalBatches, build_loader
 from datasets.json_files import read_json
 from models import build_criterion_from, build_postprocessor
 from preparation import build_data
+from tools.commands import add_device_flag, one_line_errors
 from tools.detector_files import inference_device, load_detector
 from tools.report_page import EXAMPLES, write_report
 from util import checkpoint
@@ -37,15 +38,12 @@ logger = logging.getLogger("report")
 DETECTIONS_NAME = "detections.json"
 
 
+@one_line_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0 if the page was written, 2 if it could not be."""
     set_up_console()
     options = build_parser().parse_args(argv)
-    try:
-        logger.info("%s", report(options))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    logger.info("%s", report(options))
     return 0
 
 
@@ -54,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="RUN_FOLDER", help="what main.py wrote into (--output_dir)")
     parser.add_argument("--coco_path", help="the data set, if it is not where it was in training")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: cuda where there is one)")
+    add_device_flag(parser)
     parser.add_argument(
         "--pictures", type=int, default=EXAMPLES, metavar="N",
         help=f"most pictures of the worst images, and of the first (default {EXAMPLES})",

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.schema import ENACT_CHOICES
 from datasets.json_files import read_json
+from tools.commands import one_line_errors
 from util.errors import InputError
 from util.files import regular_size
 from util.yaml_files import read_yaml
@@ -26,18 +27,15 @@ COLUMNS = ("AP", "AP50", "APS", "APM", "APL")
 POSITIONS = (0, 1, 3, 4, 5)  # of COLUMNS among COCO's twelve figures
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="output folders of finished runs")
     parser.add_argument("--output", type=Path, required=True, help="the files to write, without suffix")
     options = parser.parse_args(argv)
-    try:
-        runs = [read_run(folder) for folder in options.runs]
-        write_table(runs, options.output)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    runs = [read_run(folder) for folder in options.runs]
+    write_table(runs, options.output)
     return 0
 
 

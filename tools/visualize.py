@@ -29,6 +29,7 @@ from datasets import eval_transform
 from models import build_postprocessor
 from tools.clusters_plot import draw_contact_sheet, draw_layer, save
 from tools.clusters_view import Explanation, LayerView, Point, explain
+from tools.commands import add_device_flag, one_line_errors
 from tools.detector_files import (
     LoadedDetector,
     add_detector_flags,
@@ -47,15 +48,12 @@ logger = logging.getLogger("visualize")
 VALIDATION_IMAGES = 4
 
 
+@one_line_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0 if an image was drawn, 1 if none was, 2 if it could not start."""
     set_up_console()
     options = build_parser().parse_args(argv)
-    try:
-        return visualize(options)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return visualize(options)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -74,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
         "else the image's centre",
     )  # fmt: skip
     parser.add_argument("--score", type=float, default=0.5, help="least score of a detection that counts (default 0.5)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: cuda where there is one)")
+    add_device_flag(parser)
     return parser
 
 
