@@ -171,6 +171,21 @@ def test_the_tables_hold_what_the_analysis_finds(cache: Path) -> None:
     assert sorted(counts) == sorted([*analysis.confusion.flatten().tolist()[:-1]])
 
 
+def test_classes_that_are_neither_there_nor_detected_are_counted_only(cache: Path) -> None:
+    dataset = validation_set(cache)
+    there = sorted({one["category_id"] for one in dataset.coco.dataset["annotations"]})
+    dataset.coco.dataset["categories"] += [{"id": number, "name": f"unseen {number}"} for number in range(40, 120)]
+    dataset.coco.createIndex()
+    image = dataset.coco.dataset["images"][0]["id"]
+    detected = {"image_id": image, "category_id": 50, "bbox": [1, 1, 9, 9], "score": 0.9}
+    analysis = analyse(dataset.coco, [*detections(dataset), detected])
+    assert [analysis.classes[row].category_id for row in analysis.seen()] == [*there, 50]
+    page = page_of(run_folder(), dataset, [*detections(dataset), detected])
+    assert "unseen 50" in page.texts
+    assert "unseen 51" not in page.texts
+    assert any(text.startswith("Left out here and below: 79 ") for text in map(str.strip, page.texts))
+
+
 def test_pictures_show_the_worst_images_and_what_is_right_in_them(cache: Path) -> None:
     dataset = validation_set(cache)
     found = detections(dataset)

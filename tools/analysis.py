@@ -135,6 +135,11 @@ class Analysis:
         wrong = [match for match in self.matches if match.errors]
         return sorted(wrong, key=lambda match: (match.f1, -match.errors, match.image_id))[:count]
 
+    def seen(self) -> list[int]:
+        """The rows of the classes of which there are objects, or detections that count."""
+        counts = self.confusion.sum(axis=0) + self.confusion.sum(axis=1)
+        return [row for row, one in enumerate(self.classes) if one.objects or counts[row]]
+
     def confusions(self, count: int) -> list[tuple[int, int, int]]:
         """(row, column, count) of the most frequent errors in `confusion`, nothing on its diagonal."""
         wrong = self.confusion.copy()

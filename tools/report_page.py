@@ -70,6 +70,7 @@ def write_report(
         InputError: a result is malformed, or the page cannot be written.
     """
     analysis = analyse(coco, results)
+    seen = analysis.seen()
     records, config = read_log(folder / LOG_NAME), _read_mapping(folder / "config.yaml")
     page = _template().render(
         title=_title(config) or folder.resolve().name,
@@ -80,9 +81,10 @@ def write_report(
         charts=training_charts(records),
         training=_training_facts(records),
         precision_recall=precision_recall_chart(analysis),
-        few_classes=len(analysis.classes) <= FEW_CLASSES,
-        classes=[(one, _sparkline(analysis, row)) for row, one in enumerate(analysis.classes)],
-        confusion=confusion_chart(analysis.confusion, [one.name for one in analysis.classes]),
+        few_classes=len(seen) <= FEW_CLASSES,
+        classes=[(analysis.classes[row], _sparkline(analysis, row)) for row in seen],
+        unseen_classes=len(analysis.classes) - len(seen),
+        confusion=_confusion_chart(analysis, seen),
         confusions=_named_confusions(analysis),
         worst=_pairs(analysis.worst(examples), coco, image_dir, "worst"),
         examples=_pairs(analysis.matches[:examples], coco, image_dir, "example"),
@@ -235,6 +237,12 @@ def precision_recall_chart(analysis: Analysis) -> tuple[list[Series], Markup]:
 def _sparkline(analysis: Analysis, row: int) -> Markup:
     curves = [(f"line-{number}", curves[row]) for number, curves in enumerate(analysis.curves.values(), start=1)]
     return sparkline(f"precision over recall of {analysis.classes[row].name}", analysis.recalls, curves)
+
+
+def _confusion_chart(analysis: Analysis, seen: Sequence[int]) -> Markup:
+    """Of the classes that there is something to say about."""
+    shown = [*seen, len(analysis.classes)]
+    return confusion_chart(analysis.confusion[shown][:, shown], [analysis.classes[row].name for row in seen])
 
 
 def _named_confusions(analysis: Analysis) -> list[tuple[str, str, int]]:
