@@ -20,6 +20,9 @@ from enact.sums import linear_of_sum
 # The released code adds this to every probability, so that its logarithm is finite (spec 2.2).
 PROBABILITY_FLOOR = 1e-8
 
+# The logit of a token whose probability is 0: finite, and so in fp32 and fp64 alike.
+LOWEST = torch.finfo(torch.float32).min
+
 
 def gaussian_taps(sigma: float) -> Tensor:
     """Samples of the normal density at -M ... M, M = 3 sigma - 1, not renormalised (spec 2.3).
@@ -55,7 +58,7 @@ def self_information(logits: Tensor, real: Tensor | None = None) -> Tensor:
         (B, N) in bits, 0 at padding.
     """
     if real is not None:
-        logits = logits.masked_fill(~real, torch.finfo(logits.dtype).min)
+        logits = logits.masked_fill(~real, LOWEST)
     # A tensor, since the ONNX exporter's optimizer drops the addition of so small a number.
     probability = logits.softmax(1) + torch.full_like(logits, PROBABILITY_FLOOR)
     information = -probability * probability.log2()

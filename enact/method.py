@@ -23,7 +23,7 @@ from enact.clustering import (
     share_edges,
     softmax_in_clusters,
 )
-from enact.information import Information
+from enact.information import LOWEST, Information
 
 Variant = Literal["paper", "official", "plus"]
 Pooling = Literal["information", "scaled_information", "probability", "mean"]
@@ -193,7 +193,7 @@ def _counting_scores(tokens: _Tokens, cluster_bias: ClusterBias) -> Tensor | Non
         return torch.zeros_like(tokens.logits)
     if tokens.real is None:
         return tokens.logits.log_softmax(1) + tokens.lengths().log()
-    masked = tokens.logits.masked_fill(~tokens.real, torch.finfo(tokens.logits.dtype).min)
+    masked = tokens.logits.masked_fill(~tokens.real, LOWEST)
     return masked.log_softmax(1).masked_fill(~tokens.real, 0) + tokens.lengths().log()
 
 
