@@ -52,7 +52,7 @@ def flags(values: dict[str, Any]) -> list[str]:
 
 
 CPU = ["--device", "cpu"]
-QUICK = ["--scale", "0.2", "--repeats", "1", "--arms", "dense", "paper", *CPU, "--", *flags(TINY)]
+QUICK = ["--scale", "0.2", "--repeats", "1", "--batch_size", "2", "--arms", "dense", "paper", *CPU, "--", *flags(TINY)]
 # What is added to the commands of each script, so that they take seconds.
 SCALE: dict[str, list[str]] = {
     "main.py": flags(SMALL_RUN),
@@ -210,6 +210,20 @@ def project(tmp_path: Path, cache: Path, tiny_coco: Path, monkeypatch: pytest.Mo
     return copy
 
 
+def halves(words: list[str]) -> tuple[list[str], list[str]]:
+    """What stands before -- and what stands behind it."""
+    place = words.index("--") if "--" in words else len(words)
+    return words[:place], words[place + 1 :]
+
+
+def merged(words: list[str], added: list[str]) -> list[str]:
+    """Flags added to a command, what stands behind -- behind what stands behind its own."""
+    own, own_behind = halves(words)
+    more, more_behind = halves(added)
+    behind = [*own_behind, *more_behind]
+    return [*own, *more, *["--"] * bool(behind), *behind]
+
+
 def run(command: Command) -> None:
     """As `python SCRIPT ...` would, in this process, which has imported torch already."""
     script = command.script
@@ -220,7 +234,7 @@ def run(command: Command) -> None:
     argv, status = list(command.words[1:]), 0
     if script == "tools/demo.py":
         return serve([*argv, *added])
-    sys.argv = [*argv, *(word for word in added if not (word == "--" and "--" in argv))]
+    sys.argv = merged(argv, added)
     try:
         runpy.run_path(script, run_name="__main__")
     except SystemExit as stopped:

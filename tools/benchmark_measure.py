@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import re
 import statistics
 import sys
@@ -179,6 +180,7 @@ def summary(runs: Sequence[float]) -> dict[str, Any]:
 def time_shares(step: Step, device: torch.device) -> dict[str, float]:
     """The parts of a run's time that `KINDS` of operations take on the device, as torch's profiler sees it; sum 1."""
     on_gpu = device.type == "cuda"
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # a build for GPUs says on a CPU that there is none, as an error
     with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]) as profiler:
         seconds_of(step, device)
     spent = dict.fromkeys([*KINDS, OTHER_KIND], 0.0)
