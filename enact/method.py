@@ -147,12 +147,12 @@ class _Tokens(NamedTuple):
 
 def form_clusters(logits: Tensor, information: Information, method: Method, real: Tensor | None = None) -> Clusters:
     """Logits (B, N) of the probability of a sequence's tokens, real ones (B, N) first -> its clusters."""
-    tokens = _Tokens(logits, information(logits, real), real)
+    smoothed = information(_precise(logits), real)
+    tokens = _Tokens(logits, smoothed.to(logits.dtype), real)
     largest = logits.shape[1]
     lengths = tokens.lengths()
     limit = torch.zeros_like(lengths) + method.budget(lengths)
-    exact = _exactly_smoothed(logits, information, real)
-    partition = partition_tokens(method.regions, exact, real, limit.squeeze(1), method.budget(largest))
+    partition = partition_tokens(method.regions, smoothed.detach(), real, limit.squeeze(1), method.budget(largest))
     pooling, counting = _pooling_scores(tokens, method.pooling), _counting_scores(tokens, method.cluster_bias)
     if method.boundary == "hard":
         weight = softmax_in_clusters(pooling, partition)
@@ -165,13 +165,12 @@ def form_clusters(logits: Tensor, information: Information, method: Method, real
     return Clusters(partition.index, partition.count, partition.num_clusters, weight[own], bias, shared)
 
 
-def _exactly_smoothed(logits: Tensor, information: Information, real: Tensor | None) -> Tensor:
-    """Smoothed information (B, N) in fp64 where the device has it, for the signs of its second differences.
+def _precise(logits: Tensor) -> Tensor:
+    """In fp64 where the device has it, for the signs of second differences of the information.
 
     In fp32 these are ten times as noisy as rounding in the backbone makes them, and a sign that turns moves a cut.
     """
-    with torch.no_grad():
-        return information.forward(logits if logits.device.type == "mps" else logits.double(), real)
+    return logits if logits.device.type == "mps" else logits.double()
 
 
 def _pooling_scores(tokens: _Tokens, pooling: Pooling) -> Tensor:

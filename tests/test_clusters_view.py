@@ -54,7 +54,7 @@ class Watch:
                 monkeypatch.setattr(attention, "clusters", self.on_clusters(attention.clusters))
 
     def on_information(self, module: nn.Module, inputs: Any, smoothed: Tensor) -> None:
-        self.information.append(smoothed.detach().squeeze(0))
+        self.information.append(smoothed.detach().squeeze(0).float())  # from fp64
 
     def on_attention(self, module: nn.Module, inputs: Any, result: Any) -> None:
         self.calls.append((module, inputs, result[0] if isinstance(result, tuple) else result))
