@@ -32,7 +32,8 @@ def test_feed_forward_keeps_one_tensor_between_its_layers() -> None:
     assert 0.7 < (hidden > 0).sum() / (positive > 0).sum() < 0.8
     expected = second(positive * (hidden > 0) / 0.75)
     for one, other in zip(*(
-        [found, *torch.autograd.grad(found.square().sum(), [x, *first.parameters()])] for found in (result, expected)
+        [found, *torch.autograd.grad(found.square().sum(), [x, *first.parameters(), *second.parameters()])]
+        for found in (result, expected)
     ), strict=True):
         assert_close(one, other)
 
