@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torchvision.ops import FrozenBatchNorm2d
 
-from models import build_model
+from models import build_model, layers
 from models.backbone import Backbone, FrozenBatchNorm
 from models.layers import Dropout, feed_forward
 
@@ -40,7 +40,11 @@ def test_feed_forward_keeps_one_tensor_between_its_layers() -> None:
 
 @pytest.mark.parametrize("frozen", ["none", "first", "input"])
 @pytest.mark.parametrize("amp", [False, True])
-def test_feed_forward_without_dropout_is_autograds(amp: bool, frozen: str) -> None:
+@pytest.mark.parametrize("rows", [16, 25, 1024])
+def test_feed_forward_without_dropout_is_autograds(
+    rows: int, amp: bool, frozen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layers, "ROWS", rows)
     first, second = nn.Linear(8, 64), nn.Linear(64, 8, bias=False)
     first.requires_grad_(frozen != "first")
     x = torch.randn(2, 25, 8, requires_grad=frozen != "input")
@@ -56,8 +60,11 @@ def test_feed_forward_without_dropout_is_autograds(amp: bool, frozen: str) -> No
 def test_feed_forward_runs_layers_that_are_more_than_their_weights() -> None:
     first, second, seen = nn.Linear(8, 16), nn.Linear(16, 8), []
     first.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    feed_forward(torch.randn(5, 8), first, second, nn.Dropout(0.1))
-    assert len(seen) == 1
+    for graph in (True, False):
+        with torch.set_grad_enabled(graph):
+            feed_forward(torch.randn(5, 8), first, second, nn.Dropout(0.1))
+    assert len(seen) == 2
+    assert all((output < 0).any() for output in seen)
 
 
 @pytest.mark.parametrize("rate", [0.001, 0.1, 0.5, 0.999999])
