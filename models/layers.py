@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 # Values that a CPU takes through several operations one after the other while its cache holds them.
-CACHED = 2**17
+CACHED = 2**18
 
 # Tokens that a CPU takes through the backward pass of a feed-forward block together. The memory of a result of many
 # megabytes is new to it each time, which costs a tenth of the product that fills it.
