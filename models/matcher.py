@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
@@ -76,29 +77,33 @@ class HungarianMatcher:
             avoided where possible, and logged.
         """
         num_layers, _, num_queries, _ = logits.shape
-        costs = [self._cost(logits[:, i].float(), boxes[:, i].float(), target) for i, target in enumerate(targets)]
-        sizes = [cost.numel() for cost in costs]
+        costs = self.costs(logits.float(), boxes.float(), targets)
         on_host = torch.cat([cost.flatten() for cost in costs]).cpu()  # the one transfer to the host
         if not on_host.isfinite().all():
             logger.warning("matching met %d costs that are not finite", int((~on_host.isfinite()).sum()))
             on_host = on_host.nan_to_num(nan=UNUSABLE_COST, posinf=UNUSABLE_COST, neginf=UNUSABLE_COST)
         rows, first = [], 0
-        for image, (cost, target) in enumerate(zip(torch.split(on_host, sizes), targets, strict=True)):
+        by_image = torch.split(on_host, [cost.numel() for cost in costs])
+        for image, (cost, target) in enumerate(zip(by_image, targets, strict=True)):
             count = len(target["labels"])
             for layer, block in enumerate(cost.view(num_layers, num_queries, count).numpy()):
-                query, index = (torch.from_numpy(found) for found in linear_sum_assignment(block))
-                place = torch.tensor([[layer], [image]]).expand(-1, len(query))
-                rows.append(torch.cat((place, torch.stack((query, index + first)))))
+                query, index = linear_sum_assignment(block)
+                rows.append((np.full_like(query, layer), np.full_like(query, image), query, index + first))
             first += count
-        return Matches(*torch.cat(rows, 1).to(logits.device, non_blocking=True))
+        matches = torch.from_numpy(np.concatenate(rows, 1))
+        return Matches(*matches.to(logits.device, non_blocking=True))
 
-    def _cost(self, logits: Tensor, boxes: Tensor, target: Target) -> Tensor:
-        """One image: logits (L, Q, K), boxes (L, Q, 4) -> (L, Q, n)."""
-        wanted = target["boxes"].float()
-        distance = torch.cdist(boxes, wanted, p=1)
-        iou = generalized_box_iou(
-            box_convert(boxes.flatten(0, 1), "cxcywh", "xyxy"), box_convert(wanted, "cxcywh", "xyxy")
-        ).view_as(distance)
-        class_cost = self.class_cost(logits, target["labels"])
-        cost: Tensor = self.cost_bbox * distance + self.cost_class * class_cost - self.cost_giou * iou
-        return cost
+    def costs(self, logits: Tensor, boxes: Tensor, targets: Sequence[Target]) -> list[Tensor]:
+        """What each image's objects would cost each query: (L, Q, n); arguments as of a call, in float32."""
+        wanted = torch.cat([target["boxes"] for target in targets]).float()
+        wanted_corners = box_convert(wanted, "cxcywh", "xyxy")
+        corners = box_convert(boxes, "cxcywh", "xyxy")
+        costs, first = [], 0
+        for image, target in enumerate(targets):
+            objects = slice(first, first + len(target["labels"]))
+            cost = self.class_cost(logits[:, image], target["labels"]) * self.cost_class
+            cost.add_(torch.cdist(boxes[:, image], wanted[objects], p=1), alpha=self.cost_bbox)
+            overlap = generalized_box_iou(corners[:, image].flatten(0, 1), wanted_corners[objects])
+            costs.append(cost.sub_(overlap.view_as(cost), alpha=self.cost_giou))
+            first = objects.stop
+        return costs

@@ -119,8 +119,8 @@ def test_matching_is_the_cheapest_of_all_and_avoids_what_is_not_finite(
         boxes[0, 0, 0] = spoilt
     matches = matcher(logits, boxes, targets)
     first = 0
-    for image, count in enumerate(counts):
-        costs = matcher._cost(logits[:, image], boxes[:, image], targets[image]).nan_to_num(1e6, 1e6, 1e6)
+    for image, (count, costs) in enumerate(zip(counts, matcher.costs(logits, boxes, targets), strict=True)):
+        costs = costs.nan_to_num(1e6, 1e6, 1e6)
         for layer in range(2):
             here = (matches.layer == layer) & (matches.image == image)
             found, objects = matches.query[here], matches.target[here] - first
