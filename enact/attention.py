@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from enact.clustering import Clusters
+from enact.clustering import Clusters, beyond
 from enact.information import Information
+from enact.kernels import biased_attention, one_kernel, packed_attention
 from enact.method import Variant, cluster_keys, method_of
 from enact.packing import cluster_packed, unpack
 from enact.sums import linear_of_sum
@@ -150,25 +151,36 @@ class EnactAttention(nn.MultiheadAttention):
         Returns:
             (S, C).
         """
-        if self.variant == "official":  # it counts padding
-            query, key = (x if position is None else x + position for x in (query, key))
-            query, key, value = (unpack(x, slots, len(lengths), max(lengths)) for x in (query, key, value))
-            return self._attend(query, key, value, None, need_weights=False)[0].flatten(0, 1)[slots]
-        clusters = cluster_packed(key, lengths, slots, self.information, self.method, position)
-        inputs = (query, position), (clusters.pool(key, position), None), (clusters.pool(value), None)
-        queries, keys, values = (
-            split_heads(linear_of_sum(*tokens, weight, bias).unsqueeze(0), self.num_heads)
-            for tokens, weight, bias in zip(inputs, *self._projections(), strict=True)
+        if self.variant == "official" or self.bias_k is not None or self.add_zero_attn:
+            return self._attend_padded(query, key, value, lengths, slots, position)
+        weights, biases = self._projections()
+        heads = [linear_of_sum(query, position, weights[0], biases[0]).view(len(query), self.num_heads, -1)]
+        dropout = self.dropout if self.training else 0.0
+        tight = one_kernel(heads[0], dropout)
+        clusters = cluster_packed(key, lengths, slots, self.information, self.method, position, tight=tight)
+        for tokens, weight, bias in zip(
+            (clusters.pool(key, position), clusters.pool(value)), weights[1:], biases[1:], strict=True
+        ):
+            heads.append(F.linear(tokens, weight, bias).view(len(tokens), self.num_heads, -1))
+        return packed_attention(
+            heads, clusters.bias, lengths, clusters.counts, clusters.starts, self.out_proj, dropout, self._scale()
         )
-        images = zip(
-            torch.split(queries, list(lengths), 2),
-            torch.split(keys, list(clusters.counts), 2),
-            torch.split(values, list(clusters.counts), 2),
-            clusters.biases(),
-            strict=True,
-        )
-        pieces = [self._attend_to_clusters(self._with_extra_keys(Heads(*heads)), bias) for *heads, bias in images]
-        return torch.cat(pieces, 1).squeeze(0)
+
+    def _attend_padded(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        lengths: Sequence[int],
+        slots: Tensor,
+        position: Tensor | None,
+    ) -> Tensor:
+        """As `attend_packed`, for what counts padding ("official") or adds keys to every image."""
+        query, key = (x if position is None else x + position for x in (query, key))
+        longest = max(lengths)
+        query, key, value = (unpack(x, slots, len(lengths), longest) for x in (query, key, value))
+        mask = beyond(torch.tensor(lengths), longest).to(key.device, non_blocking=True)
+        return self._attend(query, key, value, mask, need_weights=False)[0].flatten(0, 1)[slots]
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, need_weights: bool
@@ -234,37 +246,6 @@ class EnactAttention(nn.MultiheadAttention):
             of_cluster = attention.gather(3, index[:, None, None].expand(-1, *attention.shape[1:3], -1))
             tokens = tokens + of_cluster * weight[:, None, None].to(attention.dtype)
         return torch.cat([tokens, extra], -1)
-
-
-def biased_attention(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, dropout: float, scale: float
-) -> Tensor:
-    """softmax(scale * query key^T + bias) value by a kernel that stores no map.
-
-    The bias is a channel of the keys, which the queries meet with a 1: a mask would shut out the fastest kernels, and
-    one that needs a gradient all of them. Values are padded likewise, since those kernels want one width.
-
-    Args:
-        query: (B, H, L, D).
-        key: (B, H, T, D).
-        value: (B, H, T, Dv), Dv at most the width of the keys.
-        bias: (B, T), or None.
-        dropout: rate on the weights.
-        scale: of the products.
-
-    Returns:
-        (B, H, L, Dv).
-    """
-    width = value.shape[-1]
-    if bias is not None:
-        unit = 1 if query.device.type == "cpu" else 8  # the GPU kernels want widths that 8 divides
-        spare = (unit - query.shape[-1] - 1) % unit
-        channel = (bias / scale).to(key.dtype)[:, None, :, None].expand(-1, key.shape[1], -1, -1)
-        query = F.pad(F.pad(query, (0, 1), value=1.0), (0, spare))
-        key = F.pad(torch.cat([key, channel], -1), (0, spare))
-    value = F.pad(value, (0, key.shape[-1] - width))
-    attended: Tensor = F.scaled_dot_product_attention(query, key, value, None, dropout, scale=scale)
-    return attended[..., :width]
 
 
 def split_heads(tokens: Tensor, num_heads: int) -> Tensor:

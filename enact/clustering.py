@@ -50,7 +50,7 @@ class Partition(NamedTuple):
 
     def cut(self) -> Partition:
         """T as small as this batch allows, where finding out is free: on a CPU, outside compilation."""
-        if self.index.device.type != "cpu" or torch.compiler.is_compiling():
+        if not free_to_read(self.index):
             return self
         fewest, most = (int(bound) for bound in self.count.aminmax())
         index = self.index.masked_fill(self.index == self.num_clusters, most)
@@ -111,6 +111,11 @@ class Clusters(NamedTuple):
         index, weight = Shared(self.index, self.weight).in_token_order(order)
         shared = None if self.shared is None else self.shared.in_token_order(order)
         return Clusters(index, self.count, self.num_clusters, weight, self.bias, shared)
+
+
+def free_to_read(tensor: Tensor) -> bool:
+    """Whether the host may read numbers of it at no cost: on a CPU, outside compilation."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def beyond(count: Tensor, total: int) -> Tensor:

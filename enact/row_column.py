@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from enact.attention import biased_attention, split_heads
+from enact.attention import split_heads
 from enact.clustering import Clusters
 from enact.information import Information
+from enact.kernels import biased_attention, one_kernel, packed_attention
 from enact.method import Variant, cluster_keys, method_of
 from enact.order import TokenOrder
 from enact.packing import cluster_packed
@@ -152,15 +153,20 @@ class EnactRowColumnAttention(nn.Module):
         """
         if self.variant == "official":
             raise ValueError("ENACT official averages queries over rows and columns, so it needs the whole map")
-        clusters = cluster_packed(key_row, lengths, slots, self.information, self.method)
-        pooled = (clusters.pool(tokens) for tokens in (key_row, key_col, value))
-        heads = self._project(*(tokens.unsqueeze(0) for tokens in (query_row, query_col, *pooled)))
-        counts = list(clusters.counts)
-        query = torch.split(torch.cat(heads[:2], -1), list(lengths), 2)  # each (1, h, n, 2 D)
-        key = torch.split(torch.cat(heads[2:4], -1), counts, 2)
-        images = zip(query, key, torch.split(heads.value, counts, 2), clusters.biases(), strict=True)
-        pieces = [self.out_proj(self._softmax(*image).transpose(1, 2).flatten(2)) for image in images]
-        return torch.cat(pieces, 1).squeeze(0)
+        weights, biases = self.in_proj_weight.chunk(5), self.in_proj_bias.chunk(5)
+
+        def heads_of(tokens: Tensor, fifth: int) -> Tensor:
+            return F.linear(tokens, weights[fifth], biases[fifth]).view(len(tokens), self.num_heads, -1)
+
+        query = torch.cat([heads_of(query_row, 0), heads_of(query_col, 1)], -1)  # (S, h, 2 D)
+        dropout = self.dropout if self.training else 0.0
+        tight = one_kernel(query, dropout)
+        clusters = cluster_packed(key_row, lengths, slots, self.information, self.method, tight=tight)
+        key = torch.cat([heads_of(clusters.pool(key_row), 2), heads_of(clusters.pool(key_col), 3)], -1)
+        heads, scale = (query, key, heads_of(clusters.pool(value), 4)), self.head_dim**-0.5
+        return packed_attention(
+            heads, clusters.bias, lengths, clusters.counts, clusters.starts, self.out_proj, dropout, scale
+        )
 
     def _project(self, *inputs: Tensor) -> Heads:
         weights, biases = self.in_proj_weight.chunk(5), self.in_proj_bias.chunk(5)

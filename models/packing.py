@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from enact.kernels import one_kernel, packed_attention, starts_of
+
 # (height, width, device) -> (height * width,) int64, the place of each cell in the order in which tokens are to stand.
 TokenOrder = Callable[[int, int, torch.device], Tensor]
 
@@ -126,13 +128,8 @@ def _multihead_attention(
     """`attention` of each image to itself; `tokens` are query, key and value."""
     weights, biases = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
     projected = (F.linear(x, weight, bias) for x, weight, bias in zip(tokens, weights, biases, strict=True))
-    heads = (x.view(len(x), attention.num_heads, -1) for x in projected)  # each (S, H, D)
-    images = zip(*(torch.split(x, list(lengths)) for x in heads), strict=True)
+    heads = [x.view(len(x), attention.num_heads, -1) for x in projected]  # each (S, H, D)
     dropout = attention.dropout if attention.training else 0.0
-    pieces = []
-    for image in images:
-        query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in image)  # each (1, H, n, D)
-        attended = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
-        # The output projection image by image: the kernel's result is kept for backward once, not in a second copy.
-        pieces.append(attention.out_proj(attended.squeeze(0).transpose(0, 1).flatten(1)))
-    return torch.cat(pieces)
+    starts = starts_of(lengths, heads[0].device) if one_kernel(heads[0], dropout) else None
+    scale = attention.head_dim**-0.5
+    return packed_attention(heads, None, lengths, lengths, starts, attention.out_proj, dropout, scale)

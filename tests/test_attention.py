@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from enact import EnactAttention
-from enact.attention import biased_attention
 from enact.clustering import Shared
+from enact.kernels import biased_attention
 from enact.method import Method
 from enact.packing import PackedClusters
 
