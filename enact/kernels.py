@@ -5,7 +5,9 @@ Shapes: B sequences, H heads, D channels a head; L queries and T keys of each, o
 
 from __future__ import annotations
 
+import functools
 import inspect
+import logging
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
@@ -26,8 +28,10 @@ def _varlen_attn() -> Any:
 
 VARLEN_ATTN = _varlen_attn()
 
-# Channels a head that it takes.
-MOST_CHANNELS = 256
+# Channels a head that it takes at most; tokens of a trial, enough for the kernel that it chooses for many.
+MOST_CHANNELS, TRIED_TOKENS = 256, 256
+
+logger = logging.getLogger(__name__)
 
 
 def biased_attention(
@@ -103,17 +107,27 @@ def packed_attention(
 def one_kernel(query: Tensor, dropout: float) -> bool:
     """Whether `packed_attention` of query (S, H, D) can do without a call for every sequence.
 
-    With torch from 2.11 on, in half precision, on NVIDIA's GPUs from Ampere on, and where flash attention is enabled.
+    With torch from 2.11 on, in half precision, where flash attention is enabled and runs: NVIDIA's GPUs from Ampere on.
     """
     channels = query.shape[-1]
     fits = query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16) and dropout == 0
     if not (VARLEN_ATTN is not None and fits and channels % 8 == 0 and channels + 8 <= MOST_CHANNELS):
         return False
-    if torch.version.cuda is None or not torch.backends.cuda.flash_sdp_enabled():  # type: ignore[no-untyped-call]
+    enabled: bool = torch.backends.cuda.flash_sdp_enabled()  # type: ignore[no-untyped-call]
+    return enabled and _kernel_runs(query.device, query.dtype)
+
+
+@functools.cache
+def _kernel_runs(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernel runs on a device: builds of torch lack it, and so do older GPUs. Tried once."""
+    tokens = torch.zeros(TRIED_TOKENS, 1, 32, device=device, dtype=dtype)
+    starts = starts_of((TRIED_TOKENS,), device)
+    try:
+        VARLEN_ATTN(tokens, tokens, tokens, starts, starts, TRIED_TOKENS, TRIED_TOKENS, scale=1.0)
+    except (RuntimeError, NotImplementedError) as error:
+        logger.info("attention runs image by image, since torch's varlen_attn does not run here: %s", error)
         return False
-    if not torch.cuda.is_available():
-        return True  # of fake tensors, which pretend
-    return torch.cuda.get_device_capability(query.device) >= (8, 0)
+    return True
 
 
 def starts_of(lengths: Sequence[int], device: torch.device) -> Tensor:
