@@ -12,8 +12,8 @@ from torch.testing import assert_close
 from enact import EnactAttention
 from enact.clustering import Shared
 from enact.kernels import biased_attention
-from enact.method import Method
-from enact.packing import PackedClusters
+from enact.method import VARIANTS, Method
+from enact.packing import PackedClusters, rows_of, unpack
 
 
 def make_attention(variant: str = "paper", **options: object) -> EnactAttention:
@@ -228,6 +228,22 @@ def test_with_a_cluster_a_token_it_is_multihead_attention_in_every_form(options:
         single = [tensor[image] for tensor in (query, key, value)]
         expected = dense(*single, key_padding_mask=mask[image])
         assert_close(attention(*single, key_padding_mask=mask[image]), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("extra", [{}, {"add_bias_kv": True}, {"add_zero_attn": True}])
+def test_packed_tokens_are_attended_to_as_padded_ones(variant: Any, extra: dict[str, bool]) -> None:
+    """Learned and zero keys included."""
+    attention = EnactAttention(16, 4, batch_first=True, variant=variant, **extra)
+    lengths = (40, 23, 31)
+    slots = rows_of(lengths, max(lengths))
+    tokens, position = torch.randn(2, sum(lengths), 16)
+    padded, padded_position = (unpack(x, slots, len(lengths), max(lengths)) for x in (tokens, position))
+    mask = torch.arange(max(lengths)) >= torch.tensor(lengths).unsqueeze(1)
+    located = padded + padded_position
+    expected = attention(located, located, padded, key_padding_mask=mask, need_weights=False)[0]
+    found = attention.attend_packed(tokens, tokens, tokens, lengths, slots, position)
+    assert_close(found, expected[~mask], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.3])
