@@ -58,6 +58,7 @@ def test_a_tensor_that_several_operations_keep_counts_once() -> None:
     ("step", "kind"),
     [
         (lambda x: x @ x, "matrix products"),
+        (lambda x: x.addmm_(x, x), "matrix products"),
         (lambda x: F.scaled_dot_product_attention(x[None], x[None], x[None]), "fused attention"),
         (lambda x: x.softmax(-1), "softmax"),
         (lambda x: x.uniform_(), "random draws"),

@@ -29,8 +29,8 @@ WARM_UP_RUNS = 2
 GIB = 2**30
 # What a step spends its time on, and the names of torch's operations that do it; the first that fits counts.
 KINDS = {
-    "fused attention": re.compile(r"scaled_dot_product|_(flash|efficient|cudnn)_attention"),
-    "matrix products": re.compile(r"aten::(mm|addmm|bmm|baddbmm)$"),
+    "fused attention": re.compile(r"scaled_dot_product|_(flash|efficient|cudnn|varlen)_att"),
+    "matrix products": re.compile(r"aten::(mm|addmm|bmm|baddbmm)_?$"),
     "softmax": re.compile(r"softmax"),
     "random draws": re.compile(r"aten::(random_|bernoulli_?|native_dropout|uniform_)$"),
     "copies": re.compile(r"aten::(copy_|cat|index_select|index_add_|index_copy_|scatter_add_|fill_|zero_)$"),
