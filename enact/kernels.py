@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def _varlen_attn() -> Any:
@@ -32,6 +32,49 @@ VARLEN_ATTN = _varlen_attn()
 MOST_CHANNELS, TRIED_TOKENS = 256, 256
 
 logger = logging.getLogger(__name__)
+
+
+class DenseAttention(nn.MultiheadAttention):
+    """`nn.MultiheadAttention` that also takes images one behind the other: what ENACT is to be measured against.
+
+    Args:
+        embed_dim, num_heads, dropout, batch_first, device, dtype: as in `nn.MultiheadAttention`.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        *,
+        batch_first: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(embed_dim, num_heads, dropout, batch_first=batch_first, device=device, dtype=dtype)
+
+    def attend_packed(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        lengths: Sequence[int],
+        slots: Tensor,
+        position: Tensor | None = None,
+    ) -> Tensor:
+        """As `EnactAttention.attend_packed`: (S, C), (S, C), (S, C) -> (S, C)."""
+        if position is not None:
+            same = query is key
+            query = query + position
+            key = query if same else key + position
+        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        heads = [
+            F.linear(tokens, weight, bias).view(len(tokens), self.num_heads, -1)
+            for tokens, weight, bias in zip((query, key, value), weights, biases, strict=True)
+        ]
+        dropout = self.dropout if self.training else 0.0
+        starts = starts_of(lengths, query.device) if one_kernel(heads[0], dropout) else None
+        return packed_attention(heads, None, lengths, lengths, starts, self.out_proj, dropout, self.head_dim**-0.5)
 
 
 def biased_attention(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from enact.attention import EnactAttention, Heads, split_heads
+from enact.kernels import DenseAttention
 from enact.method import Variant
 
 logger = logging.getLogger(__name__)
@@ -235,7 +236,7 @@ def _plan(name: str, attention: nn.Module, options: dict[str, Any]) -> _Plan:
         raise ValueError(f"{name} has a forward of its own, set on the object, which would hide that of ENACT")
     if not isinstance(attention, nn.MultiheadAttention):
         target, shape = _projected(type(attention)), _projected_shape(attention)
-    elif type(attention) is nn.MultiheadAttention:
+    elif type(attention) in (nn.MultiheadAttention, DenseAttention):
         target, shape = EnactAttention, _packed_shape(attention)
     else:
         kind = type(attention).__name__

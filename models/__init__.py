@@ -17,6 +17,7 @@ from torch import nn
 
 from configs.schema import Config, recipe
 from enact import EnactAttention, EnactRowColumnAttention
+from enact.kernels import DenseAttention
 from enact.order import token_order
 from models.anchor_detr import AnchorDecoder, AnchorDetr, RowColumnEncoder
 from models.backbone import Backbone
@@ -100,7 +101,7 @@ def _enact_options(config: Config) -> dict[str, Any]:
 
 def _self_attention(config: Config) -> Callable[[], nn.Module]:
     """Makes the self-attention of one encoder layer: the seam at which ENACT enters a detector."""
-    make: Callable[..., nn.Module] = nn.MultiheadAttention
+    make: Callable[..., nn.Module] = DenseAttention
     if config.enact is not None:
         make = partial(EnactAttention, **_enact_options(config))
     return partial(make, config.hidden_dim, config.nheads, attention_dropout(config), batch_first=True)

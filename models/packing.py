@@ -9,10 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-
-from enact.kernels import one_kernel, packed_attention, starts_of
 
 # (height, width, device) -> (height * width,) int64, the place of each cell in the order in which tokens are to stand.
 TokenOrder = Callable[[int, int, torch.device], Tensor]
@@ -102,7 +99,8 @@ def attend_packed(
     """Call a self-attention on packed tokens.
 
     Args:
-        attention: with a method `attend_packed`, as those of ENACT, or an `nn.MultiheadAttention`.
+        attention: with a method `attend_packed`, as those of `enact`; or else called as `nn.MultiheadAttention` is, on
+            padded tokens.
         tokens: query, key, value, or what the attention takes in their place, each (S, C).
         position: (S, C), to be added to query and key; None: nothing.
 
@@ -114,22 +112,8 @@ def attend_packed(
         added = {} if position is None else {"position": position}
         result: Tensor = own(*tokens, lengths=packing.lengths, slots=packing.slots, **added)
         return result
-    assert type(attention) is nn.MultiheadAttention, type(attention)
-    query, key, value = tokens
+    query, key, value = (packing.unpack(x) for x in tokens)
     if position is not None:
-        assert query is key
-        query = key = query + position
-    return _multihead_attention(attention, (query, key, value), packing.lengths)
-
-
-def _multihead_attention(
-    attention: nn.MultiheadAttention, tokens: tuple[Tensor, ...], lengths: tuple[int, ...]
-) -> Tensor:
-    """`attention` of each image to itself; `tokens` are query, key and value."""
-    weights, biases = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
-    projected = (F.linear(x, weight, bias) for x, weight, bias in zip(tokens, weights, biases, strict=True))
-    heads = [x.view(len(x), attention.num_heads, -1) for x in projected]  # each (S, H, D)
-    dropout = attention.dropout if attention.training else 0.0
-    starts = starts_of(lengths, heads[0].device) if one_kernel(heads[0], dropout) else None
-    scale = attention.head_dim**-0.5
-    return packed_attention(heads, None, lengths, lengths, starts, attention.out_proj, dropout, scale)
+        query, key = (x + packing.unpack(position) for x in (query, key))
+    padded: Tensor = attention(query, key, value, key_padding_mask=packing.pad_mask(), need_weights=False)[0]
+    return padded.flatten(0, 1).index_select(0, packing.slots)

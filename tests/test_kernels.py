@@ -18,9 +18,8 @@ import enact.clustering
 import enact.kernels
 import enact.packing
 import enact.row_column
-import models.packing
 from enact import EnactAttention, EnactRowColumnAttention
-from enact.kernels import one_kernel, packed_attention, starts_of
+from enact.kernels import DenseAttention, one_kernel, packed_attention, starts_of
 from models import build_model
 from models.packing import Packing, attend_packed
 
@@ -64,7 +63,7 @@ def pretend(patch: pytest.MonkeyPatch, counts_known: bool) -> list[list[int]]:
         return reference(*arguments, scale=scale)
 
     patch.setattr(enact.kernels, "VARLEN_ATTN", kernel)
-    for module in (enact.attention, enact.row_column, models.packing):
+    for module in (enact.attention, enact.kernels, enact.row_column):
         patch.setattr(module, "one_kernel", lambda query, dropout: dropout == 0)
     if not counts_known:
         for module in (enact.clustering, enact.packing):
@@ -165,7 +164,7 @@ def self_attentions(width: int, device: str) -> list[nn.Module]:
     kinds: list[dict[str, Any]] = [{}, {"variant": "plus"}, {"cluster_bias": "size"}]
     place: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
     return [
-        nn.MultiheadAttention(width, 4, batch_first=True, **place),
+        DenseAttention(width, 4, batch_first=True, **place),
         *(EnactAttention(width, 4, batch_first=True, **kind, **place) for kind in kinds),
         *(EnactRowColumnAttention(width, 4, **kind, **place) for kind in kinds),
     ]

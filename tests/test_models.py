@@ -166,6 +166,18 @@ def test_packed_tokens_give_what_the_padded_map_gives(name: str, enact: str | No
         assert_close(found[False][2][key], gradient, atol=2e-3 * scale + 1e-5, rtol=1e-3, msg=key)
 
 
+def test_any_attention_serves_packed_tokens() -> None:
+    """One called as nn.MultiheadAttention is, which knows nothing of packing, gets its tokens padded."""
+    model = build_model("detr", None, **SMALL, dropout=0.0)
+    batch = batch_of((64, 96), (96, 32), (64, 64))
+    expected = model(*batch)["pred_boxes"]
+    for layer in model.encoder.layers:
+        plain = nn.MultiheadAttention(layer.self_attn.embed_dim, layer.self_attn.num_heads, batch_first=True)
+        plain.load_state_dict(layer.self_attn.state_dict())
+        layer.self_attn = plain
+    assert_close(model(*batch)["pred_boxes"], expected, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("enact", [None, "paper", "plus"])
 def test_the_encoder_never_sees_padding(enact: str | None) -> None:
     model = build_model("detr", enact, **SMALL)
