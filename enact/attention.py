@@ -151,8 +151,11 @@ class EnactAttention(nn.MultiheadAttention):
         Returns:
             (S, C).
         """
-        if self.variant == "official" or self.bias_k is not None or self.add_zero_attn:
-            return self._attend_padded(query, key, value, lengths, slots, position)
+        if self.variant == "official" or self.bias_k is not None or self.add_zero_attn:  # padding or extra keys count
+            located = (x if position is None else x + position for x in (query, key))
+            query, key, value = (unpack(x, slots, len(lengths), max(lengths)) for x in (*located, value))
+            mask = beyond(torch.tensor(lengths), max(lengths)).to(key.device, non_blocking=True)
+            return self._attend(query, key, value, mask, need_weights=False)[0].flatten(0, 1)[slots]
         weights, biases = self._projections()
         heads = [linear_of_sum(query, position, weights[0], biases[0]).view(len(query), self.num_heads, -1)]
         dropout = self.dropout if self.training else 0.0
@@ -165,22 +168,6 @@ class EnactAttention(nn.MultiheadAttention):
         return packed_attention(
             heads, clusters.bias, lengths, clusters.counts, clusters.starts, self.out_proj, dropout, self._scale()
         )
-
-    def _attend_padded(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        lengths: Sequence[int],
-        slots: Tensor,
-        position: Tensor | None,
-    ) -> Tensor:
-        """As `attend_packed`, for what counts padding ("official") or adds keys to every image."""
-        query, key = (x if position is None else x + position for x in (query, key))
-        longest = max(lengths)
-        query, key, value = (unpack(x, slots, len(lengths), longest) for x in (query, key, value))
-        mask = beyond(torch.tensor(lengths), longest).to(key.device, non_blocking=True)
-        return self._attend(query, key, value, mask, need_weights=False)[0].flatten(0, 1)[slots]
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, need_weights: bool

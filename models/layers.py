@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 CACHED = 2**18
 
 # Tokens that a CPU takes through the backward pass of a feed-forward block together. The memory of a result of many
-# megabytes is new to it each time, which costs a tenth of the product that fills it.
+# megabytes is new to it each time, which costs up to a third of the product that fills it.
 ROWS = 1024
 
 

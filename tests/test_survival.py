@@ -31,14 +31,6 @@ pytestmark = pytest.mark.usefixtures("empty_folder")
 HARD = ["--dropout", "0.2", "--accumulate", "3", "--lr_drop", "1", "--batch_size", "2"]
 
 
-@pytest.fixture(autouse=True)
-def _ctrl_c_is_heard() -> Iterator[None]:
-    """As in a terminal; a shell's background job is started with SIGINT ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def saved(folder: str, name: str = checkpoint.LATEST) -> dict[str, Any]:
     state: dict[str, Any] = torch.load(Path(folder) / name, weights_only=True)
     return state
